@@ -1,0 +1,1 @@
+"""The science of attention dropping, usable as a library and knowing nothing of serving."""

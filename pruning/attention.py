@@ -1,0 +1,141 @@
+"""The border between a family's own attention module and whatever computes the attention.
+
+transformers lets an attention implementation be chosen by name. The name `attndrop` is registered
+here: it hands each layer's queries, keys and values (after the family's own projections, norms
+and RoPE) to the `Attend` function that the caller passed to `model(..., attend=...)`. So a dense
+calibration pass, a sampling loop and the serving engine's paged KV cache all run through the same
+unchanged family code. Knows nothing of pages, requests or variants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "attndrop"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """What the softmax of one layer looks like."""
+
+    scaling: float
+    sliding_window: int | None = None
+    """A query at position p sees keys at positions > p - sliding_window."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(scores / softcap), as in Gemma 2."""
+
+
+class Attend(Protocol):
+    """Computes causal attention for one layer.
+
+    query is [batch, heads, rows, head_dim]; key and value are [batch, kv_heads, rows, head_dim],
+    already rotated, one per query. Returns [batch, rows, heads, head_dim].
+    """
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor: ...
+
+
+def use_attend(model: PreTrainedModel) -> None:
+    """Make `model` take its attention from the `attend` argument of its forward call."""
+    AttentionInterface.register(IMPLEMENTATION, _bridge)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _bridge(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attend: Attend,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    form = AttentionForm(scaling, sliding_window, softcap)
+    return attend(module.layer_idx, query, key, value, form), None  # type: ignore[arg-type]
+
+
+class CausalAttention:
+    """Whole sequences, nothing kept: row i of each batch entry sees rows 0 to i."""
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        return masked_attention(query, key, value, form)
+
+
+class GrowingAttention:
+    """A dense KV cache for a batch of equally long sequences that grow together."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        if layer in self._keys:
+            key = torch.cat([self._keys[layer], key], dim=2)
+            value = torch.cat([self._values[layer], value], dim=2)
+        self._keys[layer], self._values[layer] = key, value
+        return masked_attention(query, key, value, form)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
+    """Causal attention of the last rows of a sequence over all of it.
+
+    query is [batch, heads, rows, head_dim], key and value [batch, kv_heads, length, head_dim] with
+    length >= rows; query row i stands at position length - rows + i. Returns
+    [batch, rows, heads, head_dim].
+    """
+    rows, length = query.shape[2], key.shape[2]
+    if rows == 1 and form.sliding_window is not None:
+        key, value = key[:, :, -form.sliding_window :], value[:, :, -form.sliding_window :]
+    mask = None if rows == 1 else causal_mask(rows, length, form.sliding_window, query.device)
+    return biased_attention(query, key, value, mask, form)
+
+
+def causal_mask(
+    rows: int, length: int, sliding_window: int | None, device: torch.device
+) -> Tensor:
+    """Return [rows, length], true where the row (counted from the end) may look."""
+    positions = torch.arange(length - rows, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)[None, :]
+    visible = keys <= positions
+    if sliding_window is not None:
+        visible &= keys > positions - sliding_window
+    return visible
+
+
+def biased_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, form: AttentionForm
+) -> Tensor:
+    """Attention under a boolean mask broadcastable to [batch, heads, rows, length].
+
+    Shapes as in `masked_attention`; `visible` None means that every key is seen.
+    """
+    if form.softcap is None:
+        out = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, scale=form.scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = query @ key.transpose(2, 3) * form.scaling
+    scores = form.softcap * torch.tanh(scores / form.softcap)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2)
+

@@ -1,0 +1,163 @@
+"""AttentionSublayer: the one place where attention is skipped or replaced.
+
+`wrap` rewires a loaded model once. Every decoder layer becomes an attention sublayer followed by
+an MLP sublayer, made of the family's own modules, so the weights stay where they are and are
+shared by all variants. What attends is then said per forward call, as data::
+
+    model(input_ids, position_ids=..., attend=..., attending_rows=[rows, rows, 3, 0, ...])
+
+    layer 0   rows  [ full full full | pruned pruned ]   all attend
+    layer 2   rows  [ full full full ]                   the first 3 attend, the rest pass through
+    layer 3                                              nobody attends: no kernel is launched
+
+This is the only file that replaces parts of a transformers model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning.attention import Attend, CausalAttention, use_attend
+from pruning.families import Family, family_of
+
+
+class Substitute(Protocol):
+    """Stands in a dropped sublayer's place: normed input [batch, rows, width] to its output."""
+
+    def __call__(self, normed: Tensor) -> Tensor: ...
+
+
+class AttentionSublayer(nn.Module):
+    """`h + multiplier * post_norm(attention(norm(h)))` for a prefix of the rows.
+
+    The rows beyond the prefix are dropped rows: they pass through unchanged, or gain the
+    substitute's output where one is set.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.norm = _part(layer, family.attention_norm)
+        self.attention = _part(layer, family.attention)
+        self.post_norm = _part(layer, family.attention_post_norm)
+        self.multiplier = _multiplier(layer, family)
+        self.substitute: Substitute | None = None
+
+    def forward(self, hidden: Tensor, attending: int, **attention_arguments: Any) -> Tensor:
+        """Apply the sublayer.
+
+        Args:
+            hidden: the residual stream, [batch, rows, width].
+            attending: how many leading rows attend, 0 to rows.
+            attention_arguments: passed on to the family's attention module; `position_embeddings`
+                are cut to the attending rows.
+        """
+        rows = hidden.shape[1]
+        if attending == rows:
+            return self._attend(hidden, **attention_arguments)
+        if attending == 0:
+            return self._pass(hidden)
+        cos, sin = attention_arguments.pop("position_embeddings")
+        prefix = self._attend(
+            hidden[:, :attending],
+            position_embeddings=(cos[:, :attending], sin[:, :attending]),
+            **attention_arguments,
+        )
+        return torch.cat([prefix, self._pass(hidden[:, attending:])], dim=1)
+
+    def _attend(self, hidden: Tensor, **attention_arguments: Any) -> Tensor:
+        output, _ = self.attention(hidden_states=self.norm(hidden), **attention_arguments)
+        return _add(hidden, self.post_norm(output), self.multiplier)
+
+    def _pass(self, hidden: Tensor) -> Tensor:
+        if self.substitute is None:
+            return hidden
+        return _add(hidden, self.substitute(self.norm(hidden)), self.multiplier)
+
+
+class MlpSublayer(nn.Module):
+    """`h + multiplier * post_norm(mlp(norm(h)))` for every row."""
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.norm = _part(layer, family.mlp_norm)
+        self.mlp = _part(layer, family.mlp)
+        self.post_norm = _part(layer, family.mlp_post_norm)
+        self.multiplier = _multiplier(layer, family)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return _add(hidden, self.post_norm(self.mlp(self.norm(hidden))), self.multiplier)
+
+
+class WrappedLayer(nn.Module):
+    """A decoder layer as its two sublayers, called by the family's own model loop."""
+
+    def __init__(self, layer: nn.Module, family: Family, index: int) -> None:
+        super().__init__()
+        self.attention = AttentionSublayer(layer, family, index)
+        self.mlp = MlpSublayer(layer, family)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attend: Attend | None = None,
+        attending_rows: Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise ValueError("a wrapped model takes no attention_mask; pass `attend` instead")
+        rows = hidden_states.shape[1]
+        hidden = self.attention(
+            hidden_states,
+            rows if attending_rows is None else attending_rows[self.attention.index],
+            position_embeddings=position_embeddings,
+            attention_mask=None,
+            attend=attend or CausalAttention(),
+        )
+        return self.mlp(hidden)  # type: ignore[no-any-return]
+
+
+def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
+    """Rewire `model` in place and return its attention sublayers, in order.
+
+    Afterwards the model runs without transformers' KV cache and masks: attention is what the
+    `attend` argument computes (whole causal sequences by default). Wrapping twice is harmless.
+
+    Raises:
+        UnknownFamilyError: the model's family is not in the table.
+    """
+    family = family_of(model.config)
+    layers = model.get_decoder().layers
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, WrappedLayer):
+            layers[index] = WrappedLayer(layer, family, index)
+    model.config.use_cache = False
+    use_attend(model)
+    return [layer.attention for layer in layers]
+
+
+def rows_attending(layers: int, rows: int, dropped: frozenset[int] | set[int]) -> list[int]:
+    """Return `attending_rows` for a batch in which every row drops the same layers."""
+    return [0 if layer in dropped else rows for layer in range(layers)]
+
+
+def _part(layer: nn.Module, name: str | None) -> nn.Module:
+    part = nn.Identity() if name is None else getattr(layer, name)
+    assert isinstance(part, nn.Module)
+    return part
+
+
+def _multiplier(layer: nn.Module, family: Family) -> float:
+    return 1.0 if family.residual_multiplier is None else getattr(layer, family.residual_multiplier)
+
+
+def _add(hidden: Tensor, delta: Tensor, multiplier: float) -> Tensor:
+    return hidden + delta if multiplier == 1.0 else hidden + delta * multiplier

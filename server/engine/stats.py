@@ -1,0 +1,58 @@
+"""What the engine tells about itself: frozen snapshots, cheap to take at any time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class VariantInfo:
+    """What a variant is; fixed for the life of the server."""
+
+    name: str
+    attention_layers: int
+    """Layers that keep attention."""
+    dropped_layers: tuple[int, ...]
+    kv_bytes_per_token: int
+    capacity_tokens: int
+    """Tokens that fit in the whole page pool if only this variant uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class VariantStats:
+    """One variant's share of the engine at one moment."""
+
+    name: str
+    running: int
+    """Requests that own pages and are being computed."""
+    waiting: int
+    """Requests queued: new ones and preempted ones."""
+    kv_bytes: int
+    """Bytes of the pages that the variant's requests own."""
+    preemptions: int
+    """Preemptions since start."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment."""
+
+    alive: bool
+    pool_bytes: int
+    variants: tuple[VariantStats, ...]
+    steps: int
+    """Steps run since start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When the stages of one request were reached, in seconds of `time.monotonic()`.
+
+    arrived   first_scheduled      first_token           finished
+       |---- queue ----|---- prefill ----|---- decode ----|
+    """
+
+    arrived: float
+    first_scheduled: float | None
+    first_token: float | None
+    finished: float
