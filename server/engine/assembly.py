@@ -1,0 +1,88 @@
+"""Putting an engine together: how much memory the pages get, which parts it is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pruning.families import context_limit, kv_shape
+from pruning.loading import BaseModel
+from pruning.variants import Variants
+from server.engine.attention.sdpa import SdpaBackend
+from server.engine.engine import Engine
+from server.engine.pages import PagePool, page_layout
+from server.engine.runner import Runner
+from server.engine.scheduler import Limits, Scheduler
+
+CPU_SHARE = 0.25
+"""Share of the free memory that pages get on a CPU, which holds much else ..."""
+CPU_CEILING = 4 << 30
+"""... up to this many bytes."""
+CUDA_SHARE = 0.9
+"""Share of the device memory left after loading the model."""
+
+
+class EngineConfigError(ValueError):
+    """The settings leave no working engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What may be chosen about an engine."""
+
+    limits: Limits = Limits()
+    kv_cache_bytes: int | None = None
+    """Bytes of page pool; None takes a share of the free memory."""
+    context: int | None = None
+    """Longest sequence in tokens; None takes the model's own limit."""
+
+
+def build_engine(
+    base: BaseModel,
+    variants: Variants,
+    config: EngineConfig,
+    on_death: Callable[[], None] = lambda: None,
+) -> Engine:
+    """Make an engine, not started yet.
+
+    Raises:
+        EngineConfigError: the context is longer than the model's, or the pool holds no sequence.
+    """
+    shape = kv_shape(base.model.config)
+    context = _context(base, config)
+    dtype = base.model.dtype
+    elements = shape.bytes_per_token(1)
+    layout = page_layout([len(group.layers) for group in variants.groups], elements)
+    page_bytes = layout.page_elements * dtype.itemsize
+    pages = (config.kv_cache_bytes or _default_pool_bytes(base.device)) // page_bytes
+    scheduler = Scheduler(config.limits, variants, layout, PagePool(pages))
+    smallest = min(scheduler.capacity(variant.name) for variant in variants)
+    if smallest < min(context, layout.tokens_per_page[0]):
+        raise EngineConfigError(
+            f"a KV cache of {pages * page_bytes} bytes holds {pages} pages of {page_bytes} bytes, "
+            "too few for a single sequence; raise --kv-cache-memory"
+        )
+    pool = torch.zeros(pages, layout.page_elements, dtype=dtype, device=base.device)
+    runner = Runner(base, pool, SdpaBackend(pool, layout, variants, shape.kv_heads))
+    return Engine(scheduler, runner, variants, layout, context, on_death)
+
+
+def _context(base: BaseModel, config: EngineConfig) -> int:
+    limit = context_limit(base.model.config)
+    if config.context is not None and config.context > limit:
+        raise EngineConfigError(
+            f"--max-model-len {config.context} is longer than the {limit} tokens that "
+            f"{base.name} was made for"
+        )
+    return config.context or limit
+
+
+def _default_pool_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_SHARE)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(int(free * CPU_SHARE), CPU_CEILING)

@@ -1,0 +1,145 @@
+"""The reference backend: gather pages, then torch's scaled_dot_product_attention.
+
+Runs on any device and for every family. Sequences with one row are gathered into one padded
+batch; each longer chunk is attended on its own. Needs nothing but torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.attention import AttentionForm, biased_attention, masked_attention
+from pruning.variants import Variants
+from server.engine.attention.views import layer_views
+from server.engine.batch import Batch, GroupRows
+from server.engine.pages import PageLayout
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A sequence with more than one row in this step."""
+
+    start: int
+    end: int
+    length: int
+    table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One layer group's share of a step, on the device."""
+
+    pages: Tensor
+    offsets: Tensor
+    single_rows: Tensor
+    """Rows of the sequences that have one row."""
+    single_tables: Tensor
+    single_lengths: Tensor
+    single_span: int
+    """The longest of `single_lengths`."""
+    chunks: tuple[_Chunk, ...]
+
+
+class SdpaBackend:
+    """Attention over pages by gathering."""
+
+    def __init__(self, pool: Tensor, layout: PageLayout, variants: Variants, kv_heads: int) -> None:
+        """pool is [pages, page_elements] in the KV dtype, on the device."""
+        self._views = layer_views(pool, layout, variants, kv_heads)
+        self._group_of = {
+            layer: index for index, group in enumerate(variants.groups) for layer in group.layers
+        }
+        self._layout = layout
+        self._device = pool.device
+        self._prepared: list[_Prepared | None] = []
+
+    def prepare(self, batch: Batch) -> None:
+        self._prepared = [
+            self._prepare(index, group, batch) if group.rows else None
+            for index, group in enumerate(batch.groups)
+        ]
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        step = self._prepared[self._group_of[layer]]
+        assert step is not None, "a layer without attending rows was run"
+        keys, values = self._views[layer]
+        keys[step.pages, step.offsets] = key[0].transpose(0, 1)
+        values[step.pages, step.offsets] = value[0].transpose(0, 1)
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        if len(step.single_rows):
+            out[0, step.single_rows] = _attend_singles(step, query, keys, values, form)
+        for chunk in step.chunks:
+            out[:, chunk.start : chunk.end] = _attend_chunk(chunk, query, keys, values, form)
+        return out
+
+    def _prepare(self, index: int, group: GroupRows, batch: Batch) -> _Prepared:
+        tokens = self._layout.tokens_per_page[index]
+        starts, lengths = batch.query_starts, batch.lengths[: group.sequences]
+        counts = starts[1 : group.sequences + 1] - starts[: group.sequences]
+        slots = self._to_device(group.slots)
+        tables = self._to_device(group.block_table)
+        singles = (counts == 1).nonzero()[0]
+        span = int(lengths[singles].max()) if len(singles) else 0
+        return _Prepared(
+            pages=slots // tokens,
+            offsets=slots % tokens,
+            single_rows=self._to_device(starts[singles]),
+            single_tables=tables[self._to_device(singles), : -(-span // tokens)],
+            single_lengths=self._to_device(lengths[singles]),
+            single_span=span,
+            chunks=tuple(
+                _Chunk(
+                    int(starts[i]),
+                    int(starts[i + 1]),
+                    int(lengths[i]),
+                    tables[i, : -(-int(lengths[i]) // tokens)],
+                )
+                for i in (counts > 1).nonzero()[0]
+            ),
+        )
+
+    def _to_device(self, array: object) -> Tensor:
+        return torch.as_tensor(array, device=self._device)
+
+
+def _attend_singles(
+    step: _Prepared, query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm
+) -> Tensor:
+    """Attend the sequences with one row, as one padded batch; return [sequences, heads, dim]."""
+    span = step.single_span
+    positions = torch.arange(span, device=query.device)
+    visible = positions < step.single_lengths[:, None]
+    if form.sliding_window is not None:
+        visible &= positions >= step.single_lengths[:, None] - form.sliding_window
+    rows = query[0].transpose(0, 1)[step.single_rows][:, :, None]
+    out = biased_attention(
+        rows,
+        _gather(keys, step.single_tables, span),
+        _gather(values, step.single_tables, span),
+        visible[:, None, None],
+        form,
+    )
+    return out[:, 0]
+
+
+def _attend_chunk(
+    chunk: _Chunk, query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm
+) -> Tensor:
+    """Attend one sequence's rows over all of its tokens; return [1, rows, heads, dim]."""
+    return masked_attention(
+        query[:, :, chunk.start : chunk.end],
+        _gather(keys, chunk.table[None], chunk.length),
+        _gather(values, chunk.table[None], chunk.length),
+        form,
+    )
+
+
+def _gather(view: Tensor, tables: Tensor, length: int) -> Tensor:
+    """Copy [sequences, pages] pages out of [pages, tokens, kv_heads, dim] into
+    [sequences, kv_heads, length, dim]."""
+    return view[tables].flatten(1, 2)[:, :length].transpose(1, 2)

@@ -1,0 +1,291 @@
+"""The engine: one thread that schedules, runs and commits until it is told to stop.
+
+The rest of the program knows three verbs: `submit`, `abort` and `stats`. They may be called from
+any thread and never wait for a step. Every submitted request gets exactly one `Ended` event:
+
+    submit --> waiting --> running --> Ended(stop | length)
+                  ^           |------> Ended(error)          its own computation failed
+                  |-preempted-|------> Ended(abort)          the client left, or shutdown
+                                       Ended(error)          the engine itself died: all of them
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+
+import torch
+
+from pruning.variants import Variants
+from server.engine.batch import Batch, build_batch
+from server.engine.pages import PageLayout
+from server.engine.request import (
+    Ended,
+    FinishReason,
+    PromptScored,
+    Request,
+    TokenEvent,
+)
+from server.engine.runner import Runner, StepResult
+from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.stats import EngineStats, VariantInfo, VariantStats
+
+logger = logging.getLogger(__name__)
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has stopped and takes no requests."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests wait as may."""
+
+
+class TooLongError(ValueError):
+    """A request can never be computed within the context or the page pool."""
+
+
+class Engine:
+    """Continuous batching of requests of all variants on one model."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        variants: Variants,
+        layout: PageLayout,
+        context: int,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        """context is the longest sequence in tokens; `on_death` is called from the engine's
+        thread once it has died of an error."""
+        self.variants = variants
+        self.context = context
+        self._scheduler = scheduler
+        self._runner = runner
+        self._layout = layout
+        self._page_bytes = runner.pool_bytes // scheduler.pages
+        self._on_death = on_death
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()  # guards _alive and _submitted
+        self._submitted = 0  # requests in commands that the thread has not taken yet
+        self._requests: dict[str, Request] = {}
+        self._preemptions = {variant.name: 0 for variant in variants}
+        self._steps = 0
+        self._alive = True
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Abort what is left, end the thread and wait for it."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all of them or none.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+            TooLongError: a request would not fit the context or the page pool.
+            QueueFullError: as many requests wait as may.
+        """
+        for request in requests:
+            self._check_length(request)
+        with self._lock:
+            if not self._alive:
+                raise EngineDeadError("the engine has stopped")
+            waiting = self._scheduler.num_waiting + self._submitted
+            if waiting + len(requests) > self._scheduler.limits.waiting:
+                raise QueueFullError(
+                    f"{waiting} requests are waiting and {self._scheduler.limits.waiting} may"
+                )
+            self._submitted += len(requests)
+            self._commands.put(lambda: self._add(requests))
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request before its next step; a request that has ended is left alone."""
+        self._commands.put(lambda: self._abort(request_id, reason))
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot; cheap, and consistent enough for monitoring."""
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        return EngineStats(
+            alive=self._alive,
+            pool_bytes=self._runner.pool_bytes,
+            variants=tuple(
+                VariantStats(
+                    name=variant.name,
+                    running=sum(r.variant == variant.name for r in running),
+                    waiting=sum(r.variant == variant.name for r in waiting),
+                    kv_bytes=self._page_bytes
+                    * sum(_pages(r) for r in running if r.variant == variant.name),
+                    preemptions=self._preemptions[variant.name],
+                )
+                for variant in self.variants
+            ),
+            steps=self._steps,
+        )
+
+    def describe(self) -> tuple[VariantInfo, ...]:
+        """Return what each variant is, in the variants' order."""
+        layers = self.variants.layers
+        layer_bytes = self._page_bytes // self._tokens_times_layers()
+        return tuple(
+            VariantInfo(
+                name=variant.name,
+                attention_layers=len(variant.kept),
+                dropped_layers=variant.dropped(layers),
+                kv_bytes_per_token=len(variant.kept) * layer_bytes,
+                capacity_tokens=self._scheduler.capacity(variant.name),
+            )
+            for variant in self.variants
+        )
+
+    def _tokens_times_layers(self) -> int:
+        """Return how many (token, layer) pairs a page of the largest group holds."""
+        sizes = [len(group.layers) for group in self.variants.groups]
+        return max(s * t for s, t in zip(sizes, self._layout.tokens_per_page, strict=True))
+
+    def _check_length(self, request: Request) -> None:
+        tokens = len(request.prompt) + request.params.max_tokens
+        limit = min(self.context, self._scheduler.capacity(request.variant))
+        if tokens > limit:
+            raise TooLongError(
+                f"{len(request.prompt)} prompt tokens and {request.params.max_tokens} tokens to "
+                f"generate make {tokens}, and at most {limit} fit"
+            )
+
+    # From here on, everything runs on the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._step()
+        except BaseException as error:  # the engine's death must reach every request
+            logger.exception("the engine died")
+            self._end_all(FinishReason.ERROR, f"the engine died: {error}")
+            self._on_death()
+        else:
+            self._end_all(FinishReason.ABORT, None)
+
+    def _take_commands(self) -> None:
+        """Run the commands that are there; wait for one if there is nothing else to do."""
+        if not self._scheduler.has_work and not self._stopping:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _step(self) -> None:
+        step = self._schedule()
+        if not step:
+            return
+        for batch, result in self._results(step):
+            self._commit(batch, result)
+        self._steps += 1
+
+    def _schedule(self) -> tuple[Scheduled, ...]:
+        step = self._scheduler.schedule()
+        for victim in self._scheduler.preempted:
+            self._preemptions[victim.variant] += 1
+        now = time.monotonic()
+        for scheduled in step:
+            if scheduled.request.first_scheduled is None:
+                scheduled.request.first_scheduled = now
+        return step
+
+    def _results(self, step: Sequence[Scheduled]) -> Iterator[tuple[Batch, StepResult]]:
+        """Compute a step. If it fails, compute its requests one by one, to end only the guilty."""
+        try:
+            batch = build_batch(step, self.variants, self._layout)
+            result = self._runner.run(batch)
+        except torch.AcceleratorError:
+            raise  # the device is lost, and with it every request
+        except Exception as error:
+            if len(step) == 1:
+                logger.exception("request %s failed", step[0].request.id)
+                self._end(step[0].request, FinishReason.ERROR, str(error) or repr(error))
+                return
+            for scheduled in step:
+                yield from self._results([scheduled])
+            return
+        yield batch, result
+
+    def _commit(self, batch: Batch, result: StepResult) -> None:
+        """Record what was computed and tell the requests."""
+        now = time.monotonic()
+        for scheduled in batch.sequences:
+            scheduled.request.num_computed_tokens += scheduled.count
+        self._commit_scores(batch, result)
+        for index, token, logprobs in zip(
+            batch.sampled, result.tokens, result.logprobs, strict=True
+        ):
+            request = batch.sequences[index].request
+            request.output.append(token)
+            request.first_token = request.first_token or now
+            request.sink.put(TokenEvent(token, logprobs, now))
+        for scheduled in batch.sequences:
+            if reason := _finish_reason(scheduled.request):
+                self._end(scheduled.request, reason)
+
+    def _commit_scores(self, batch: Batch, result: StepResult) -> None:
+        for index, scheduled in enumerate(batch.sequences):
+            scores = tuple(
+                logprobs
+                for row, logprobs in zip(batch.scored, result.prompt_logprobs, strict=True)
+                if row.sequence == index
+            )
+            if scores:
+                scheduled.request.num_scored_tokens += len(scores)
+                scheduled.request.sink.put(PromptScored(scores))
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        with self._lock:
+            self._submitted -= len(requests)
+        for request in requests:
+            self._requests[request.id] = request
+            self._scheduler.add(request)
+
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
+        if request := self._requests.get(request_id):
+            self._end(request, reason)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        del self._requests[request.id]
+        self._scheduler.remove(request)
+        request.sink.put(Ended(reason, request.timeline(time.monotonic()), error))
+        if not self._scheduler.has_work:
+            self._scheduler.check()
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        """Tell every request that has not ended, those still in the command queue included."""
+        with self._lock:
+            self._alive = False
+        while not self._commands.empty():
+            self._commands.get()()
+        now = time.monotonic()
+        for request in self._requests.values():
+            request.sink.put(Ended(reason, request.timeline(now), error))
+        self._requests.clear()
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    """Return why a request is over after a step, if it is."""
+    if request.params.max_tokens == 0:
+        return FinishReason.LENGTH if request.remaining == 0 else None
+    if request.output and request.output[-1] in request.params.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(request.output) == request.params.max_tokens else None
+
+
+def _pages(request: Request) -> int:
+    return sum(len(table) for table in tuple(request.pages.values()))

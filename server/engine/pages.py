@@ -1,0 +1,111 @@
+"""Pages: KV memory cut into equal pieces that all variants share.
+
+A page is a fixed number of bytes and belongs to one layer group at a time: it holds the keys and
+values of that group's layers for as many tokens as fit. Groups of fewer layers hold more tokens a
+page. With 32 layers, 16 of them dropped by `pruned`::
+
+    full    group 0  [3][9][4]     16 layers both variants attend
+            group 1  [7][1][8]     16 layers only full attends
+    pruned  group 0  [2][6][5]     and nothing else: half of the pages
+
+Plain Python: counts and page ids, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+DEFAULT_PAGE_TOKENS = 16
+"""Tokens in a page of the largest layer group, at the least."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """How a page is divided in each layer group."""
+
+    tokens_per_page: tuple[int, ...]
+    """Per layer group."""
+    page_elements: int
+    """Elements of the KV dtype in a page."""
+
+    def pages_for(self, tokens: int, group: int) -> int:
+        """Return how many pages `tokens` tokens need in a layer group."""
+        return -(-tokens // self.tokens_per_page[group])
+
+    def capacity(self, pages: int, groups: Sequence[int]) -> int:
+        """Return how many tokens of one request fit in `pages` pages over these groups."""
+        low, high = 0, pages * max(self.tokens_per_page)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(self.pages_for(middle, group) for group in groups) <= pages:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> PageLayout:
+    """Choose the page size that wastes least over all layer groups.
+
+    Args:
+        group_layers: the number of layers in each group.
+        elements_per_layer_token: elements of K and V that one layer keeps for one token.
+
+    The largest group gets between 16 and 31 tokens a page; among those, the size that leaves the
+    smallest share of a page unused in any group wins, the smaller one on ties.
+    """
+    largest = max(group_layers)
+
+    def tokens(base: int) -> list[int]:
+        return [base * largest // layers for layers in group_layers]
+
+    def waste(base: int) -> float:
+        fills = zip(tokens(base), group_layers, strict=True)
+        return max(1 - count * layers / (base * largest) for count, layers in fills)
+
+    base = min(range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS), key=lambda b: (waste(b), b))
+    return PageLayout(tuple(tokens(base)), base * largest * elements_per_layer_token)
+
+
+class PageLeakError(AssertionError):
+    """Pages were lost, shared or given back twice: a bug in the engine."""
+
+
+class PagePool:
+    """The free list over all pages."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Take `count` pages. The caller has checked that they are free."""
+        if count > len(self._free):
+            raise PageLeakError(f"{count} pages taken where {len(self._free)} are free")
+        taken = self._free[len(self._free) - count :][::-1]
+        del self._free[len(self._free) - count :]
+        return taken
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        self._free.extend(pages)
+
+    def check(self, owned: Iterable[Iterable[int]]) -> None:
+        """Check that every page is free or owned by exactly one block table.
+
+        Raises:
+            PageLeakError: pages are lost or shared.
+        """
+        owners = [0] * self.pages
+        for page in self._free:
+            owners[page] += 1
+        for table in owned:
+            for page in table:
+                owners[page] += 1
+        if any(count != 1 for count in owners):
+            lost, shared = owners.count(0), sum(count > 1 for count in owners)
+            raise PageLeakError(f"of {self.pages} pages, {lost} are lost and {shared} are shared")

@@ -1,0 +1,156 @@
+"""A request as the engine sees it: token ids in, events out.
+
+`SamplingParams` and the events are frozen and cross threads; `Request` is the engine thread's own
+mutable record. Plain Python: no tensors, no HTTP, no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from server.engine.stats import Timeline
+
+
+class FinishReason(Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    """An end-of-sequence token, a stop token or a stop string."""
+    LENGTH = "length"
+    """max_tokens or the context limit was reached."""
+    ABORT = "abort"
+    """The client went away or the server shut down."""
+    ERROR = "error"
+    """The engine could not compute it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop. Defaults change nothing."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 chooses the most likely token."""
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    """Drives the request's own random numbers, whatever else is in the batch."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ending tokens, the model's own end-of-sequence tokens included unless they are ignored."""
+    min_tokens: int = 0
+    """Ending tokens cannot be chosen before this many tokens."""
+    logprobs: int | None = None
+    """How many alternatives to report with each generated token."""
+    prompt_logprobs: int | None = None
+    """How many alternatives to report with each prompt token."""
+
+    @property
+    def uses_penalties(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities under the model's own distribution at one position."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Token ids and log probabilities, the most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log probabilities of prompt tokens; the prompt's first token has none."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The one terminal event of a request."""
+
+    reason: FinishReason
+    timeline: Timeline
+    error: str | None = None
+
+
+Event = TokenEvent | PromptScored | Ended
+
+
+class Sink(Protocol):
+    """Where a request's events go. Called on the engine thread, must return at once."""
+
+    def put(self, event: Event) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The engine's record of a request. Only the engine thread touches it after submission."""
+
+    id: str
+    prompt: tuple[int, ...]
+    variant: str
+    params: SamplingParams
+    sink: Sink
+    arrived: float
+
+    output: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the request's pages."""
+    pages: dict[int, list[int]] = field(default_factory=dict)
+    """Layer group to block table: the page ids that hold tokens 0, 1, ... in order."""
+    num_scored_tokens: int = 0
+    """Prompt tokens whose log probabilities were reported, so that none is reported twice."""
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not computed yet."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether rows computed now still need the logits of prompt positions."""
+        return (
+            self.params.prompt_logprobs is not None
+            and self.num_scored_tokens < len(self.prompt) - 1
+        )
+
+    def token(self, position: int) -> int:
+        if position < len(self.prompt):
+            return self.prompt[position]
+        return self.output[position - len(self.prompt)]
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Return the tokens at positions start to end - 1."""
+        prompt = len(self.prompt)
+        if end <= prompt:
+            return list(self.prompt[start:end])
+        return list(self.prompt[start:]) + self.output[max(0, start - prompt) : end - prompt]
+
+    def timeline(self, now: float) -> Timeline:
+        return Timeline(self.arrived, self.first_scheduled, self.first_token, now)

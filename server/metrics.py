@@ -1,0 +1,363 @@
+"""Prometheus metrics: what requests experienced, and what the engine says of itself at scrape time.
+
+This file knows prometheus_client and the engine's frozen snapshots. It must not know FastAPI, the
+engine's objects or tensors: the API layer calls the verbs of `Metrics`, and the state of the
+engine arrives through one callable. Each `Metrics` owns its registry, so nothing is shared between
+two servers in one process.
+
+Labels are bounded: only the declared variants, finish reasons and refusal reasons exist, and every
+one of their series is there from the first scrape, at zero. Names carry base units (seconds,
+bytes, tokens) and no colons, which are reserved for recording rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from server.engine.stats import EngineStats, Timeline, VariantInfo, VariantStats
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+REFUSAL_REASONS = ("queue_full", "draining", "invalid", "unauthorized")
+
+# fmt: off
+_FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0,
+)
+_INTER_TOKEN_BUCKETS = (
+    0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+)
+# fmt: on
+_END_TO_END_BUCKETS = tuple(round(0.01 * 2**n, 2) for n in range(15))  # 10 ms ... 164 s
+_TOKEN_BUCKETS = tuple(float(2**n) for n in range(18))  # 1 ... 131072
+
+_Labels = tuple[str, str]
+"""The values of `model_name` and `variant`."""
+
+
+class Metrics:
+    """The metrics of one server.
+
+    `stats` is called once per scrape and must be cheap and safe at any time, also when the engine
+    is dead. Raises ValueError if `variants` is empty or names one twice.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        variants: Sequence[VariantInfo],
+        plan_id: str,
+        version: str,
+        stats: Callable[[], EngineStats],
+    ) -> None:
+        self._labels = _labels_by_variant(model_name, variants)
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._create_latencies()
+        self._create_sizes()
+        self._create_counters()
+        self._start_series_at_zero()
+        self._registry.register(_EngineCollector(model_name, variants, stats))
+        self._registry.register(_PlanCollector(model_name, plan_id, version))
+        ProcessCollector(registry=self._registry)
+
+    def token_emitted(self, variant: str, seconds_since_previous: float) -> None:
+        """Count one token after a request's first, and the seconds since the token before it."""
+        self._inter_token.labels(*self._labels_of(variant)).observe(seconds_since_previous)
+
+    def finished(
+        self,
+        variant: str,
+        reason: str,
+        prompt_tokens: int,
+        generated_tokens: int,
+        timeline: Timeline,
+    ) -> None:
+        """Count one request at its terminal event; stages it never reached are not observed."""
+        labels = self._labels_of(variant)
+        _require("finish reason", reason, FINISH_REASONS)
+        self._requests_finished.labels(*labels, reason).inc()
+        self._prompt_tokens.labels(*labels).inc(prompt_tokens)
+        self._generated_tokens.labels(*labels).inc(generated_tokens)
+        self._request_prompt_tokens.labels(*labels).observe(prompt_tokens)
+        self._request_generated_tokens.labels(*labels).observe(generated_tokens)
+        self._observe_stages(labels, timeline)
+
+    def refused(self, reason: str) -> None:
+        """Count one request that was refused before it reached the engine."""
+        _require("refusal reason", reason, REFUSAL_REASONS)
+        self._requests_refused.labels(self._model_name, reason).inc()
+
+    def render(self, accept: str | None = None) -> tuple[bytes, str]:
+        """The body and its content type; OpenMetrics when the Accept header asks for it."""
+        encode, content_type = choose_encoder(accept or "")
+        return encode(self._registry), content_type
+
+    def _observe_stages(self, labels: _Labels, timeline: Timeline) -> None:
+        spans = (
+            (self._end_to_end, timeline.arrived, timeline.finished),
+            (self._first_token, timeline.arrived, timeline.first_token),
+            (self._queue, timeline.arrived, timeline.first_scheduled),
+            (self._prefill, timeline.first_scheduled, timeline.first_token),
+            (self._decode, timeline.first_token, timeline.finished),
+        )
+        for histogram, start, end in spans:
+            if start is not None and end is not None:
+                histogram.labels(*labels).observe(end - start)
+
+    def _labels_of(self, variant: str) -> _Labels:
+        _require("variant", variant, self._labels)
+        return self._labels[variant]
+
+    def _create_latencies(self) -> None:
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first generated token.",
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds",
+            "Seconds between one generated token of a request and the next.",
+            _INTER_TOKEN_BUCKETS,
+        )
+        self._end_to_end = self._histogram(
+            "end_to_end_latency_seconds",
+            "Seconds from a request's arrival to its terminal event, whatever that was.",
+            _END_TO_END_BUCKETS,
+        )
+        self._queue = self._histogram(
+            "queue_time_seconds",
+            "Seconds from a request's arrival to the first step that computed any of it.",
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self._prefill = self._histogram(
+            "prefill_time_seconds",
+            "Seconds from the first step that computed any of a request to its first token.",
+            _FIRST_TOKEN_BUCKETS,
+        )
+        self._decode = self._histogram(
+            "decode_time_seconds",
+            "Seconds from a request's first token to its terminal event.",
+            _END_TO_END_BUCKETS,
+        )
+
+    def _create_sizes(self) -> None:
+        self._request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of each ended request.", _TOKEN_BUCKETS
+        )
+        self._request_generated_tokens = self._histogram(
+            "request_generated_tokens", "Generated tokens of each ended request.", _TOKEN_BUCKETS
+        )
+
+    def _create_counters(self) -> None:
+        self._requests_finished = self._counter(
+            "requests_finished_total",
+            "Requests that reached a terminal event, by finish reason.",
+            ("model_name", "variant", "finish_reason"),
+        )
+        self._prompt_tokens = self._counter(
+            "prompt_tokens_total",
+            "Prompt tokens, counted when their request ends.",
+            ("model_name", "variant"),
+        )
+        self._generated_tokens = self._counter(
+            "generated_tokens_total",
+            "Generated tokens, counted when their request ends.",
+            ("model_name", "variant"),
+        )
+        self._requests_refused = self._counter(
+            "requests_refused_total",
+            "Requests refused before they reached the engine, by reason.",
+            ("model_name", "reason"),
+        )
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(
+            f"attndrop_{name}",
+            help_text,
+            ("model_name", "variant"),
+            buckets=buckets,
+            registry=self._registry,
+        )
+
+    def _counter(self, name: str, help_text: str, labels: Sequence[str]) -> Counter:
+        return Counter(f"attndrop_{name}", help_text, labels, registry=self._registry)
+
+    def _start_series_at_zero(self) -> None:
+        """A series exists once its labels were named; without this, dashboards show gaps."""
+        per_variant = (
+            self._first_token,
+            self._inter_token,
+            self._end_to_end,
+            self._queue,
+            self._prefill,
+            self._decode,
+            self._request_prompt_tokens,
+            self._request_generated_tokens,
+            self._prompt_tokens,
+            self._generated_tokens,
+        )
+        for labels in self._labels.values():
+            for family in per_variant:
+                family.labels(*labels)
+            for reason in FINISH_REASONS:
+                self._requests_finished.labels(*labels, reason)
+        for reason in REFUSAL_REASONS:
+            self._requests_refused.labels(self._model_name, reason)
+
+
+class _EngineCollector(Collector):
+    """What the variants are, and one snapshot of the engine per scrape."""
+
+    def __init__(
+        self,
+        model_name: str,
+        variants: Sequence[VariantInfo],
+        stats: Callable[[], EngineStats],
+    ) -> None:
+        self._model_name = model_name
+        self._variants = tuple(variants)
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        self._require_declared_variants(stats)
+        yield from self._variant_facts()
+        yield from self._variant_shares(stats.variants)
+        yield from self._engine(stats)
+
+    def _variant_facts(self) -> Iterator[Metric]:
+        variants = self._variants
+        yield self._by_variant(
+            "variant_attention_layers",
+            "Decoder layers in which the variant keeps attention.",
+            ((v.name, v.attention_layers) for v in variants),
+        )
+        yield self._by_variant(
+            "variant_dropped_layers",
+            "Decoder layers whose attention sublayer the variant drops.",
+            ((v.name, len(v.dropped_layers)) for v in variants),
+        )
+        yield self._by_variant(
+            "variant_kv_bytes_per_token",
+            "Bytes of keys and values that the variant stores for one token.",
+            ((v.name, v.kv_bytes_per_token) for v in variants),
+        )
+        yield self._by_variant(
+            "variant_capacity_tokens",
+            "Tokens that fit in the whole page pool if only this variant uses it.",
+            ((v.name, v.capacity_tokens) for v in variants),
+        )
+
+    def _variant_shares(self, variants: Sequence[VariantStats]) -> Iterator[Metric]:
+        yield self._by_variant(
+            "requests_running",
+            "Requests that own pages and are being computed.",
+            ((v.name, v.running) for v in variants),
+        )
+        yield self._by_variant(
+            "requests_waiting",
+            "Requests in the queue: new ones and preempted ones.",
+            ((v.name, v.waiting) for v in variants),
+        )
+        yield self._by_variant(
+            "kv_cache_used_bytes",
+            "Bytes of the pages that the variant's requests own.",
+            ((v.name, v.kv_bytes) for v in variants),
+        )
+        preemptions = CounterMetricFamily(
+            "attndrop_preemptions_total",
+            "Times a running request of the variant lost its pages and went back to the queue.",
+            labels=("model_name", "variant"),
+        )
+        for variant in variants:
+            preemptions.add_metric((self._model_name, variant.name), variant.preemptions)
+        yield preemptions
+
+    def _engine(self, stats: EngineStats) -> Iterator[Metric]:
+        yield self._gauge(
+            "engine_up", "1 while the engine runs, 0 once it is dead.", float(stats.alive)
+        )
+        yield self._gauge(
+            "kv_cache_capacity_bytes",
+            "Bytes of the page pool that all variants share.",
+            stats.pool_bytes,
+        )
+        yield self._gauge(
+            "kv_cache_utilization_ratio",
+            "Share of the page pool's bytes that requests own, from 0 to 1.",
+            _utilization(stats),
+        )
+        steps = CounterMetricFamily(
+            "attndrop_engine_steps_total",
+            "Steps (schedule, run, commit) since the engine started.",
+            labels=("model_name",),
+        )
+        steps.add_metric((self._model_name,), stats.steps)
+        yield steps
+
+    def _by_variant(
+        self, name: str, help_text: str, values: Iterable[tuple[str, int]]
+    ) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"attndrop_{name}", help_text, labels=("model_name", "variant"))
+        for variant, value in values:
+            family.add_metric((self._model_name, variant), value)
+        return family
+
+    def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"attndrop_{name}", help_text, labels=("model_name",))
+        family.add_metric((self._model_name,), value)
+        return family
+
+    def _require_declared_variants(self, stats: EngineStats) -> None:
+        declared = sorted(v.name for v in self._variants)
+        told = sorted(v.name for v in stats.variants)
+        if told != declared:
+            raise ValueError(
+                f"the engine's stats are about the variants {told}, but the metrics were declared "
+                f"for {declared}; build Metrics from the same variants as the engine"
+            )
+
+
+class _PlanCollector(Collector):
+    """Which plan of which model is served, as labels of a constant 1."""
+
+    def __init__(self, model_name: str, plan_id: str, version: str) -> None:
+        self._labels = {"model_name": model_name, "plan_id": plan_id, "version": version}
+
+    def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily(
+            "attndrop_plan",
+            "The plan that is served: its id, its model, and the version of attndrop.",
+            value=self._labels,
+        )
+
+
+def _labels_by_variant(model_name: str, variants: Sequence[VariantInfo]) -> dict[str, _Labels]:
+    labels = {v.name: (model_name, v.name) for v in variants}
+    if not labels or len(labels) < len(variants):
+        names = [v.name for v in variants]
+        raise ValueError(f"metrics need at least one variant and distinct names; got {names}")
+    return labels
+
+
+def _utilization(stats: EngineStats) -> float:
+    """From 0 to 1; a pool without pages (no layer attends) is never in use."""
+    used = sum(v.kv_bytes for v in stats.variants)
+    return used / stats.pool_bytes if stats.pool_bytes else 0.0
+
+
+def _require(what: str, given: str, allowed: Iterable[str]) -> None:
+    """Keep labels bounded: an unknown value is the caller's mistake, never a new series."""
+    if given not in allowed:
+        raise ValueError(f"unknown {what} {given!r}; use one of {', '.join(allowed)}")
