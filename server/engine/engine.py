@@ -147,6 +147,10 @@ class Engine:
             for variant in self.variants
         )
 
+    def limit(self, variant: str) -> int:
+        """Return the longest prompt and answer together, in tokens, that a request may have."""
+        return min(self.context, self._scheduler.capacity(variant))
+
     def _tokens_times_layers(self) -> int:
         """Return how many (token, layer) pairs a page of the largest group holds."""
         sizes = [len(group.layers) for group in self.variants.groups]
@@ -154,7 +158,7 @@ class Engine:
 
     def _check_length(self, request: Request) -> None:
         tokens = len(request.prompt) + request.params.max_tokens
-        limit = min(self.context, self._scheduler.capacity(request.variant))
+        limit = self.limit(request.variant)
         if tokens > limit:
             raise TooLongError(
                 f"{len(request.prompt)} prompt tokens and {request.params.max_tokens} tokens to "
@@ -229,7 +233,7 @@ class Engine:
             request = batch.sequences[index].request
             request.output.append(token)
             request.first_token = request.first_token or now
-            request.sink.put(TokenEvent(token, logprobs, now))
+            request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
         for scheduled in batch.sequences:
             if reason := _finish_reason(scheduled.request):
                 self._end(scheduled.request, reason)

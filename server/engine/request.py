@@ -74,6 +74,8 @@ class TokenEvent:
     token: int
     logprobs: TokenLogprobs | None
     time: float
+    finish: FinishReason | None = None
+    """Set on the last token: why the request is over. `Ended` follows."""
 
 
 @dataclass(frozen=True, slots=True)

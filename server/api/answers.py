@@ -1,0 +1,96 @@
+"""How answers leave: whole, or as server-sent events, and what happens when the client leaves.
+
+An event stream holds one JSON object an event and ends with `[DONE]`. A failure after the stream
+has begun is sent as an event with an `error`, which the openai client raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api.errors import ApiError
+
+Json = Mapping[str, Any]
+
+
+class ClientLeftError(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, Json]) -> Json:
+    """Return what `answer` returns, cancelling it if the client disconnects first.
+
+    Raises:
+        ClientLeftError: nobody is there to read the answer.
+    """
+    task = asyncio.create_task(answer)
+    gone = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeftError
+    finally:
+        await _cancel(task, gone)
+
+
+class EventStream(Response):
+    """Server-sent events made from JSON objects."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[Json], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        )
+        body = asyncio.create_task(self._send_events(send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({body, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if body.done():
+                body.result()
+        finally:
+            await _cancel(body, gone)
+
+    async def _send_events(self, send: Send) -> None:
+        try:
+            async for event in self._events:
+                await send(_chunk(_json(event)))
+        except ApiError as error:
+            await send(_chunk(_json(error.body)))
+        else:
+            await send(_chunk("[DONE]"))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    body = f"data: {data}\n\n".encode()
+    return {"type": "http.response.body", "body": body, "more_body": True}
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have cleaned up; those that are done keep their result."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,213 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from server.api.answers import EventStream, Json, unless_client_leaves
+from server.api.errors import bad_request
+from server.api.generation import ChoiceSpec, Delta, Generation, Shown
+from server.api.logprobs import completion_logprobs
+from server.api.params import choice_params
+from server.api.schema import CompletionRequest
+from server.api.service import VARIANT_HEADER, Service
+from server.api.usage import Usage
+from server.engine.request import FinishReason
+
+router = APIRouter()
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One choice, collected."""
+
+    text: list[str] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+    generated: int = 0
+    finish: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        self.shown.extend(delta.shown)
+        self.generated += delta.generated
+        self.finish = delta.finish or self.finish
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log probability per generated token, by which best_of ranks."""
+        generated = self.shown[len(self.shown) - self.generated :]
+        values = [entry.logprobs.logprob for entry in generated if entry.logprobs]
+        return sum(values) / max(1, len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A request with everything resolved."""
+
+    service: Service
+    body: CompletionRequest
+    variant: str
+    prompts: tuple[_Prompt, ...]
+    id: str
+    created: int
+
+    @property
+    def drafts(self) -> int:
+        """Choices generated for each prompt."""
+        return max(self.body.best_of or 1, self.body.n or 1)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.tokens) for prompt in self.prompts)
+
+    def header(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.body.model or self.service.model_name,
+            "system_fingerprint": self.service.system_fingerprint(self.variant),
+        }
+
+
+@router.post("/v1/completions")
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    service: Service = request.app.state.service
+    call = _Call(
+        service=service,
+        body=body,
+        variant=service.resolve_variant(body.model, request.headers),
+        prompts=await _prompts(service, body),
+        id=f"cmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+    )
+    generation = Generation(service, call.variant, call.id, _specs(call))
+    headers = {VARIANT_HEADER: call.variant}
+    if body.stream:
+        return EventStream(_events(call, generation), headers)
+    answer = await unless_client_leaves(request, _collect(call, generation))
+    return JSONResponse(answer, headers=headers)
+
+
+async def _prompts(service: Service, body: CompletionRequest) -> tuple[_Prompt, ...]:
+    """Return the prompts that the four forms of `prompt` (and null) mean."""
+    given = body.prompt
+    if given is None or isinstance(given, str):
+        return (await _text_prompt(service, body, given or ""),)
+    if not given:
+        raise bad_request("'prompt' is an empty list", "prompt")
+    if isinstance(given[0], int):
+        return (_token_prompt(service, given),)  # type: ignore[arg-type]
+    return tuple(
+        [
+            await _text_prompt(service, body, prompt)
+            if isinstance(prompt, str)
+            else _token_prompt(service, prompt)  # type: ignore[arg-type]
+            for prompt in given
+        ]
+    )
+
+
+async def _text_prompt(service: Service, body: CompletionRequest, text: str) -> _Prompt:
+    special = body.add_special_tokens is not False
+    tokens = await service.tokenize(text, special=special)
+    return _Prompt(tokens or (service.first_token,), text)
+
+
+def _token_prompt(service: Service, tokens: Sequence[int]) -> _Prompt:
+    if not tokens:
+        raise bad_request("'prompt' holds an empty list of tokens", "prompt")
+    service.check_tokens(tokens, "prompt")
+    return _Prompt(tuple(tokens), service.vocabulary.text(tokens))
+
+
+def _specs(call: _Call) -> list[ChoiceSpec]:
+    """Return what to generate: for every prompt, as many drafts as n and best_of ask for."""
+    body = call.body
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    ranked = call.drafts > (body.n or 1)
+    params = choice_params(
+        call.service,
+        body,
+        count=call.drafts,
+        max_tokens=max_tokens,
+        logprobs=0 if ranked and body.logprobs is None else body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    return [
+        ChoiceSpec(prompt.tokens, choice, body.stops, prompt.text if body.echo else None)
+        for prompt in call.prompts
+        for choice in params
+    ]
+
+
+async def _collect(call: _Call, generation: Generation) -> Json:
+    answers = [_Answer() for _ in range(len(call.prompts) * call.drafts)]
+    async for delta in generation.deltas():
+        answers[delta.choice].add(delta)
+    generated = sum(answer.generated for answer in answers)
+    return {
+        **call.header(),
+        "choices": [
+            _choice(call, index, "".join(answer.text), answer.shown, answer.finish)
+            for index, answer in enumerate(_best(call, answers))
+        ],
+        "usage": Usage(call.prompt_tokens, generated).json(),
+    }
+
+
+def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
+    """Return the n best drafts of each prompt, prompts in order."""
+    wanted = call.body.n or 1
+    if wanted == call.drafts:
+        return list(answers)
+    kept: list[_Answer] = []
+    for start in range(0, len(answers), call.drafts):
+        drafts = sorted(answers[start : start + call.drafts], key=lambda a: -a.mean_logprob)
+        kept.extend(drafts[:wanted])
+    return kept
+
+
+async def _events(call: _Call, generation: Generation) -> AsyncIterator[Json]:
+    options = call.body.stream_options
+    with_usage = options is not None and options.include_usage
+    usage = Usage(call.prompt_tokens, 0)
+    async for delta in generation.deltas():
+        usage = usage.plus(delta.generated)
+        choice = _choice(call, delta.choice, delta.text, delta.shown, delta.finish)
+        event: dict[str, Any] = {**call.header(), "choices": [choice]}
+        if with_usage:
+            continuous = options is not None and options.continuous_usage_stats
+            event["usage"] = usage.json() if continuous else None
+        yield event
+    if with_usage:
+        yield {**call.header(), "choices": [], "usage": usage.json()}
+
+
+def _choice(
+    call: _Call, index: int, text: str, shown: Sequence[Shown], finish: FinishReason | None
+) -> dict[str, Any]:
+    logprobs = None
+    if call.body.logprobs is not None:
+        logprobs = completion_logprobs(call.service.vocabulary, shown)
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": finish.value if finish else None,
+    }

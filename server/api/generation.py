@@ -1,0 +1,250 @@
+"""The choices of one HTTP request while they are generated: engine events to pieces of text.
+
+    engine thread --put--> event loop: metrics, queue --> Generation.deltas() --> JSON or SSE
+
+Whoever stops reading `deltas()`, for whatever reason, thereby aborts the choices that have not
+ended: a client that disconnects frees its pages before the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from server.api.errors import bad_request, generation_failed, queue_full, unavailable
+from server.api.service import Service
+from server.engine.detokenize import StopStrings, TextStream
+from server.engine.engine import EngineDeadError, QueueFullError, TooLongError
+from server.engine.request import (
+    Ended,
+    Event,
+    FinishReason,
+    PromptScored,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
+from server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceSpec:
+    """One choice to generate."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    stops: tuple[str, ...]
+    echo: str | None
+    """The prompt's text, where it is to be part of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A token as the answer shows it."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    """None where none were asked for, and for the first token of an echoed prompt."""
+    offset: int
+    """Characters of the answer's text before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event adds to a choice."""
+
+    choice: int
+    text: str
+    shown: tuple[Shown, ...]
+    generated: int
+    """Tokens that count as generated."""
+    finish: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The text of one choice so far."""
+
+    index: int
+    spec: ChoiceSpec
+    stream: TextStream
+    stops: StopStrings
+    characters: int = 0
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    echoed: bool = False
+    finish: FinishReason | None = None
+    """Set by the last delta; tokens that the engine computed beyond it are not shown."""
+    ended: bool = False
+    """Whether the engine has let go of it."""
+
+    def take(self, event: Event, service: Service) -> Iterator[Delta]:
+        """Yield what an event adds."""
+        if isinstance(event, PromptScored):
+            self.scores.extend(event.logprobs)
+            return
+        if self.spec.echo is not None and not self.echoed:
+            yield self._echo(service)
+        if isinstance(event, TokenEvent):
+            if self.finish is None:
+                yield self._token(event)
+        else:
+            self.ended = True
+            if self.finish is None:
+                self.finish = event.reason
+                yield Delta(self.index, "", (), 0, event.reason)
+
+    def _echo(self, service: Service) -> Delta:
+        self.echoed = True
+        assert self.spec.echo is not None
+        self.characters = len(self.spec.echo)
+        if self.spec.params.prompt_logprobs is None:
+            return Delta(self.index, self.spec.echo, (), 0)
+        shown, offset = [], 0
+        for token, logprobs in zip(self.spec.prompt, [None, *self.scores], strict=True):
+            shown.append(Shown(token, logprobs, min(offset, self.characters)))
+            if not service.vocabulary.is_special(token):
+                offset += len(service.vocabulary.token_bytes(token).decode("utf-8", "replace"))
+        return Delta(self.index, self.spec.echo, tuple(shown), 0)
+
+    def _token(self, event: TokenEvent) -> Delta:
+        matched = self.stops.push(self.stream.push(event.token))
+        text, self.finish = matched.text, event.finish
+        if matched.stopped:
+            self.finish = FinishReason.STOP
+        elif self.finish is not None:
+            text += self._rest()
+        shown = Shown(event.token, event.logprobs, self.characters)
+        self.characters += len(text)
+        return Delta(self.index, text, (shown,), 1, self.finish)
+
+    def _rest(self) -> str:
+        """Return the text that was held back until it was known that no more follows."""
+        matched = self.stops.push(self.stream.flush())
+        return matched.text + self.stops.flush()
+
+
+class _Sink:
+    """Carries one request's events to the event loop; put is called on the engine's thread."""
+
+    def __init__(self, index: int, inbox: _Inbox) -> None:
+        self._index = index
+        self._inbox = inbox
+
+    def put(self, event: Event) -> None:
+        self._inbox.loop.call_soon_threadsafe(self._inbox.receive, self._index, event)
+
+
+class _Inbox:
+    """Events of all choices, in order, and the metrics they make.
+
+    Metrics are taken here and not where events are read, so that they are complete for clients
+    that left.
+    """
+
+    def __init__(self, metrics: Metrics, variant: str, prompt_tokens: Sequence[int]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._metrics = metrics
+        self._variant = variant
+        self._prompt_tokens = prompt_tokens
+        self._generated = [0] * len(prompt_tokens)
+        self._latest: list[float | None] = [None] * len(prompt_tokens)
+
+    def receive(self, index: int, event: Event) -> None:
+        self.queue.put_nowait((index, event))
+        if isinstance(event, TokenEvent):
+            self._generated[index] += 1
+            latest = self._latest[index]
+            if latest is not None:
+                self._metrics.token_emitted(self._variant, event.time - latest)
+            self._latest[index] = event.time
+        elif isinstance(event, Ended):
+            self._metrics.finished(
+                self._variant,
+                event.reason.value,
+                self._prompt_tokens[index],
+                self._generated[index],
+                event.timeline,
+            )
+
+
+class Generation:
+    """The choices of one HTTP request, submitted together."""
+
+    def __init__(
+        self, service: Service, variant: str, request_id: str, specs: Sequence[ChoiceSpec]
+    ) -> None:
+        """Submit the choices.
+
+        Raises:
+            ApiError: 400 too long, 429 queue full, 503 draining or dead.
+        """
+        self._service = service
+        self._inbox = _Inbox(service.metrics, variant, [len(spec.prompt) for spec in specs])
+        self._choices = [
+            _Choice(i, spec, TextStream(service.vocabulary), StopStrings(spec.stops))
+            for i, spec in enumerate(specs)
+        ]
+        arrived = time.monotonic()
+        self._requests = [
+            Request(
+                id=f"{request_id}-{i}",
+                prompt=spec.prompt,
+                variant=variant,
+                params=spec.params,
+                sink=_Sink(i, self._inbox),
+                arrived=arrived,
+            )
+            for i, spec in enumerate(specs)
+        ]
+        self._submit()
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yield the pieces of all choices as they come, until every choice has ended.
+
+        Raises:
+            ApiError: 500 when the engine could not compute a choice.
+        """
+        try:
+            while not all(choice.ended for choice in self._choices):
+                index, event = await self._inbox.queue.get()
+                if isinstance(event, Ended) and event.reason is FinishReason.ERROR:
+                    self._choices[index].ended = True
+                    raise generation_failed(event.error or "unknown reason")
+                if isinstance(event, Ended) and event.reason is FinishReason.ABORT:
+                    self._choices[index].ended = True
+                    raise unavailable("the server shut down before this was complete", "draining")
+                for delta in self._take(index, event):
+                    yield delta
+        finally:
+            self._abort_open()
+
+    def _take(self, index: int, event: Event) -> Iterator[Delta]:
+        choice = self._choices[index]
+        yield from choice.take(event, self._service)
+        if isinstance(event, TokenEvent) and choice.finish is FinishReason.STOP:
+            self._service.engine.abort(self._requests[index].id, FinishReason.STOP)
+
+    def _submit(self) -> None:
+        service = self._service
+        if service.draining:
+            service.metrics.refused("draining")
+            raise unavailable("the server is shutting down; try another one", "draining")
+        try:
+            service.engine.submit(self._requests)
+        except TooLongError as error:
+            service.metrics.refused("invalid")
+            raise bad_request(str(error), code="context_length_exceeded") from error
+        except QueueFullError as error:
+            service.metrics.refused("queue_full")
+            raise queue_full(str(error)) from error
+        except EngineDeadError as error:
+            raise unavailable(str(error), "engine_dead") from error
+
+    def _abort_open(self) -> None:
+        for choice, request in zip(self._choices, self._requests, strict=True):
+            if not choice.ended:
+                self._service.engine.abort(request.id)

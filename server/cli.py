@@ -1,0 +1,170 @@
+"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan`.
+
+Options of `serve` are made from `Settings`, so that a setting is described once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, get_origin
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from pruning.calibration import CalibrationError
+from pruning.cli import _progress_bars as progress_bars, plan_app
+from pruning.importance import ImportanceError
+from pruning.loading import ModelError
+from pruning.plan import PlanError
+from pruning.variants import VariantError
+from server import __version__
+from server.config import Settings
+from server.engine.assembly import EngineConfigError
+from server.engine.detokenize import UnknownDecoderError
+from server.lifecycle import Server
+from server.startup import SettingsError, Started, start
+
+USER_ERRORS = (
+    ModelError,
+    PlanError,
+    CalibrationError,
+    ImportanceError,
+    VariantError,
+    EngineConfigError,
+    UnknownDecoderError,
+    SettingsError,
+)
+
+app = typer.Typer(
+    name="attndrop",
+    help="Serve a language model and attention-pruned variants of it from one copy of the weights.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(plan_app, name="plan")
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool | None, typer.Option("--version", help="Print the version and leave.", is_eager=True)
+    ] = None,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _with_options_of_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give `function(**given)` one option for every setting; what is not given is None."""
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[_option_type(field), typer.Option(help=_option_help(name, field))],
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def _option_type(field: FieldInfo) -> Any:
+    """Return the type the command line parses; `Settings` then checks the value itself."""
+    if get_origin(field.annotation) is tuple:
+        return list[str] | None
+    return bool | None if field.annotation is bool else str | None
+
+
+def _option_help(name: str, field: FieldInfo) -> str:
+    default = f" [default: {field.default}]" if field.default not in (None, (), "", False) else ""
+    return f"{field.description}{default}"
+
+
+@app.command()
+@_with_options_of_settings
+def serve(**given: Any) -> None:
+    """Serve a model over HTTP."""
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value not in (None, [])})
+    except ValidationError as error:
+        raise _fail(_setting_problem(error)) from None
+    _log_to_stderr(settings.log_level)
+    server: Server | None = None
+
+    def on_death() -> None:
+        if server is not None:
+            server.engine_died()
+
+    try:
+        with progress_bars() as progress:
+            started = start(settings, progress, on_death)
+    except USER_ERRORS as error:
+        raise _fail(str(error)) from None
+    server = Server(
+        started,
+        host=settings.host,
+        port=settings.port,
+        drain_timeout=settings.drain_timeout,
+        when_up=lambda url: _greet(url, started),
+    )
+    server.run()
+    raise typer.Exit(server.exit_status)
+
+
+def _greet(url: str, started: Started) -> None:
+    """Say where the service is, what it offers and how to try it."""
+    console = Console(highlight=False, soft_wrap=True)
+    service, plan = started.service, started.plan
+    table = Table(box=None, pad_edge=False)
+    for heading in ("variant", "drops attention of layers", "KV bytes/token", "KV capacity"):
+        table.add_column(heading, justify="left" if heading[0] in "vd" else "right")
+    for info in service.engine.describe():
+        dropped = ", ".join(map(str, info.dropped_layers)) or "none"
+        default = " (default)" if info.name == service.default_variant else ""
+        table.add_row(
+            info.name + default,
+            f"{dropped}  ({len(info.dropped_layers)} of {plan.model.layers})",
+            f"{info.kv_bytes_per_token:,}",
+            f"{info.capacity_tokens:,} tokens",
+        )
+    console.print(f"\nattndrop {__version__} serves {service.model_name} at {url}")
+    console.print(f"plan {plan.id} ({plan.strategy}, {started.plan_origin})\n")
+    console.print(table)
+    console.print(
+        f"\ncurl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"-H 'X-Model-Variant: pruned' "
+        "-d '{\"prompt\": \"The capital of France is\", \"max_tokens\": 16, \"temperature\": 0}'\n"
+    )
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="[%X]")
+    logging.basicConfig(level=level.upper(), format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _setting_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    option = "--" + str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message if option in message else f"{option}: {message}"
+
+
+def _fail(message: str) -> typer.Exit:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"attndrop: {message}", markup=False)
+    return typer.Exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

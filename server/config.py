@@ -1,0 +1,150 @@
+"""The settings of `attndrop serve`: one place for names, defaults and limits.
+
+Every setting is a command-line option and an environment variable (ATTNDROP_PORT for --port);
+where both are given, the option wins. Lists are separated by commas in the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from pruning.loading import EMBEDDED_MODEL
+from pruning.variants import FULL
+from server.engine.assembly import EngineConfig
+from server.engine.scheduler import Limits
+
+PRUNED = "pruned"
+"""The variant that drops what the plan says."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+
+
+def parse_bytes(value: Any) -> Any:
+    """Return the bytes that `4GiB`, `500MB` or `1048576` mean.
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if not match:
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KiB ... TiB, KB ...")
+    return int(float(match[1]) * {**_UNITS, **_BINARY_UNITS}[(match[2] or "").lower()])
+
+
+def _split(value: Any) -> Any:
+    """Return the parts of a comma-separated text, as environment variables hold lists."""
+    return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """What can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ATTNDROP_", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    model: str = Field(
+        EMBEDDED_MODEL, description="Hugging Face id, checkpoint folder, or .gguf file."
+    )
+    served_model_name: str | None = Field(
+        None, max_length=256, description="What clients call the model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights and KV cache; auto: float32 on a CPU, else the checkpoint's."
+    )
+    device: str = Field("auto", description="A torch device; auto: cuda if there is one.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")
+
+    plan: str | None = Field(
+        None, description="A plan file; by default taken from the cache or computed."
+    )
+    drop: str | None = Field(
+        None, description="What `pruned` drops: a number of layers, or 25% (the default)."
+    )
+    variant: Texts = Field(
+        (), description="NAME=DROP: one more variant of the same plan, such as light=4. Repeatable."
+    )
+    default_variant: str = Field(
+        PRUNED, description="The variant of requests that name none."
+    )
+    calibration: str = Field(
+        "self", description="Calibration text: self (the model writes it), a file, or hf:NAME."
+    )
+    protect: str = Field("", description="Layers never dropped, such as 1,2,29. Layer 0 never is.")
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: Texts = Field(
+        (), description="A key clients must send as Bearer token. Repeatable; none: open to all."
+    )
+    cors_origin: Texts = Field(
+        (), description="An origin whose web pages may call the API. Repeatable."
+    )
+    max_body_size: Bytes = Field(
+        4 << 20, gt=0, description="Largest request body, in bytes or with a unit."
+    )
+    drain_timeout: float = Field(
+        30, ge=0, description="Seconds that running requests get after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="How much is logged."
+    )
+
+    kv_cache_memory: Bytes | None = Field(
+        None,
+        gt=0,
+        description="Page pool of all variants, such as 4GiB; by default a quarter of the free "
+        "memory up to 4 GiB on a CPU, 0.9 of what is left on a GPU.",
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest prompt and answer together, in tokens."
+    )
+    max_running: int = Field(
+        Limits().running, ge=1, description="Requests computed together at most."
+    )
+    max_waiting: int = Field(
+        Limits().waiting, ge=1, description="Requests queued at most; more are answered 429."
+    )
+    max_step_tokens: int = Field(
+        Limits().tokens_per_step, ge=1, description="Tokens one step computes at most."
+    )
+
+    @field_validator("api_key")
+    @classmethod
+    def keys_are_usable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not key or not key.isascii() or key != key.strip() for key in keys):
+            raise ValueError("an API key must be plain ASCII without spaces around it")
+        return keys
+
+    @field_validator("variant")
+    @classmethod
+    def variants_are_named(cls, variants: tuple[str, ...]) -> tuple[str, ...]:
+        for variant in variants:
+            name, equals, drop = variant.partition("=")
+            if not (name and equals and drop):
+                raise ValueError(f"--variant {variant!r} must be NAME=DROP, such as light=4")
+            if name in (FULL, PRUNED):
+                raise ValueError(f"--variant cannot redefine {name!r}; use --drop for {PRUNED!r}")
+        return variants
+
+    @property
+    def engine(self) -> EngineConfig:
+        limits = Limits(
+            tokens_per_step=self.max_step_tokens,
+            scored_tokens_per_step=min(self.max_step_tokens, Limits().scored_tokens_per_step),
+            running=self.max_running,
+            waiting=self.max_waiting,
+        )
+        return EngineConfig(limits, self.kv_cache_memory, self.max_model_len)

@@ -1,0 +1,143 @@
+"""Tokens to text: the bytes of every token, text that grows token by token, stop strings.
+
+Text is built from each token's own bytes through an incremental UTF-8 decoder, so a token costs
+the same at any length and a character split over tokens comes out whole. Two kinds of tokenizer
+are understood, which cover the supported families: byte-level BPE (GPT-2's byte alphabet) and
+SentencePiece-like vocabularies with byte fallback.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE = "\u2581"
+
+
+class UnknownDecoderError(ValueError):
+    """The tokenizer turns tokens into text in a way that is not understood."""
+
+
+class Vocabulary:
+    """The bytes of every token of a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises UnknownDecoderError for a tokenizer of another kind."""
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+        self._byte_level = _is_byte_level(tokenizer)
+        self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+        self.token_bytes = cache(self._token_bytes)
+        self.token_text = cache(self._token_text)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is a mark that text leaves out, like end-of-sequence."""
+        return token in self._special
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """Return the text of tokens, special ones left out."""
+        shown = (self.token_bytes(token) for token in tokens if not self.is_special(token))
+        return b"".join(shown).decode("utf-8", errors="replace")
+
+    def _token_text(self, token: int) -> str:
+        """Return a token's text; one that is no valid UTF-8 by itself becomes `bytes:\\x..`."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(piece, str):
+            return b""  # a row of the embedding that pads the vocabulary
+        if self._byte_level:
+            return bytes(self._alphabet[char] for char in piece)
+        if match := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = json.dumps(json.loads(backend.to_str())["decoder"]) if backend else "none"
+    if "ByteLevel" in decoder:
+        return True
+    if "ByteFallback" in decoder or "Metaspace" in decoder:
+        return False
+    raise UnknownDecoderError(
+        f"the tokenizer decodes by {decoder[:200]}; byte-level BPE and SentencePiece with byte "
+        "fallback are understood"
+    )
+
+
+class TextStream:
+    """The text of one growing sequence of tokens."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Return the characters that the token completes."""
+        if self._vocabulary.is_special(token):
+            return ""
+        return self._decoder.decode(self._vocabulary.token_bytes(token))
+
+    def flush(self) -> str:
+        """Return what an unfinished character looks like at the end."""
+        return self._decoder.decode(b"", final=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Text that may be shown, and whether a stop string ended it."""
+
+    text: str
+    stopped: bool
+
+
+class StopStrings:
+    """Cuts a growing text before the first stop string that appears in it.
+
+    Text that may be the beginning of a stop string is held back until that is decided.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> Matched:
+        """Add text; return what can be shown now."""
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return Matched(text[: min(found)], True)
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return Matched(text[: len(text) - keep], False)
+
+    def flush(self) -> str:
+        """Return the text that was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,111 @@
+"""The life of the server process: started, draining, stopped.
+
+    SIGTERM, SIGINT   new requests get 503, running ones finish within the drain timeout, exit 0
+    a second signal   stop at once
+    the engine dies   its requests are told, /health says 503 for a moment, exit 1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from server.startup import Started
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.05
+_LAST_WORDS = 1.0
+"""Seconds in which a dead engine's clients can still be told."""
+_CLOSE_CONNECTIONS = 5
+"""Seconds for open connections to close once nothing runs."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn with draining, and an exit status that tells how it went."""
+
+    def __init__(
+        self,
+        started: Started,
+        *,
+        host: str,
+        port: int,
+        drain_timeout: float,
+        when_up: Callable[[str], None],
+    ) -> None:
+        """`when_up` is called with the server's URL once it listens."""
+        super().__init__(
+            uvicorn.Config(
+                started.app,
+                host=host,
+                port=port,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_CLOSE_CONNECTIONS,
+                server_header=False,
+            )
+        )
+        self._service = started.service
+        self._engine = started.engine
+        self._drain_timeout = drain_timeout
+        self._when_up = when_up
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self.exit_status = 0
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop. Afterwards `exit_status` says how it went."""
+        self._engine.start()
+        super().run(sockets)
+        self._engine.stop()
+        if not self.started:
+            self.exit_status = 1
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._when_up(self._url())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining or self._loop is None:
+            self.force_exit = self.should_exit = True
+            return
+        self._service.draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def engine_died(self) -> None:
+        """Leave with status 1. Called from the engine's thread."""
+        self.exit_status = 1
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, _LAST_WORDS, self._leave)
+
+    def _begin_drain(self) -> None:
+        logger.info("draining: no new requests; %g s for the running ones", self._drain_timeout)
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + self._drain_timeout
+        while self._busy() and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL)
+        if self._busy():
+            logger.warning("the drain timeout has passed; aborting what is left")
+            await asyncio.to_thread(self._engine.stop)
+        self._leave()
+
+    def _busy(self) -> bool:
+        return any(v.running or v.waiting for v in self._engine.stats().variants)
+
+    def _leave(self) -> None:
+        self.should_exit = True
+
+    def _url(self) -> str:
+        address = self.servers[0].sockets[0].getsockname()
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return f"http://{host}:{address[1]}"

@@ -1,0 +1,147 @@
+"""From settings to a running service: model, plan, variants, engine, application.
+
+The only place that knows every part; each part knows only its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from pruning.calibration import Progress
+from pruning.loading import BaseModel, cache_folder, load_base_model
+from pruning.cli import DEFAULT_DROP
+from pruning.plan import Plan, PlanCache, PlanRequest, parse_drop, read_plan
+from pruning.variants import FULL, Variant, Variants
+from server import __version__
+from server.api.service import Service
+from server.app import create_app
+from server.config import PRUNED, Settings
+from server.engine.assembly import build_engine
+from server.engine.detokenize import Vocabulary
+from server.engine.engine import Engine
+from server.metrics import Metrics
+
+
+class SettingsError(ValueError):
+    """Settings that are each fine but do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A service that only lacks a socket. The engine's thread is not running yet."""
+
+    app: FastAPI
+    service: Service
+    engine: Engine
+    plan: Plan
+    plan_origin: str
+
+
+def start(
+    settings: Settings, progress: Progress, on_death: Callable[[], None] = lambda: None
+) -> Started:
+    """Load the model, find its plan and build what serves it.
+
+    Raises:
+        ModelError, PlanError, CalibrationError, VariantError, EngineConfigError, SettingsError:
+            with one sentence for the user.
+    """
+    base = load_base_model(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.served_model_name:
+        base = replace(base, name=settings.served_model_name)
+    plan, origin = find_plan(settings, base, progress)
+    variants = make_variants(settings, plan)
+    engine = build_engine(base, variants, settings.engine, on_death)
+    service = make_service(settings, base, plan, engine)
+    app = create_app(
+        service,
+        api_keys=settings.api_key,
+        cors_origins=settings.cors_origin,
+        max_body_size=settings.max_body_size,
+    )
+    return Started(app, service, engine, plan, origin)
+
+
+def find_plan(settings: Settings, base: BaseModel, progress: Progress) -> tuple[Plan, str]:
+    """Return the plan and where it came from: the file, the cache, or computed now."""
+    if settings.plan is not None:
+        plan = read_plan(Path(settings.plan))
+        plan.check_fits(base)
+        return _dropping(plan, settings.drop or str(plan.drop)), settings.plan
+    request = PlanRequest(
+        calibration=settings.calibration, protected=parse_layers(settings.protect)
+    )
+    cache = PlanCache(cache_folder() / "plans")
+    plan, origin = cache.load_or_compute(base, request, progress)
+    return _dropping(plan, settings.drop or DEFAULT_DROP), origin
+
+
+def make_variants(settings: Settings, plan: Plan) -> Variants:
+    """Return `full`, `pruned` and whatever --variant adds, all from one plan."""
+    layers = plan.model.layers
+    found = [
+        Variant(FULL, frozenset(range(layers))),
+        Variant(PRUNED, plan.kept_layers()),
+    ]
+    for definition in settings.variant:
+        name, _, drop = definition.partition("=")
+        found.append(Variant(name.lower(), _dropping(plan, drop).kept_layers()))
+    variants = Variants(layers, found)
+    if settings.default_variant.lower() not in variants:
+        names = ", ".join(variant.name for variant in variants)
+        raise SettingsError(
+            f"--default-variant {settings.default_variant!r} is not one of: {names}"
+        )
+    return variants
+
+
+def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine) -> Service:
+    """Return what the endpoints share."""
+    return Service(
+        engine=engine,
+        metrics=Metrics(base.name, engine.describe(), plan.id, __version__, engine.stats),
+        tokenizer=base.tokenizer,
+        vocabulary=Vocabulary(base.tokenizer),
+        vocabulary_size=base.model.get_input_embeddings().weight.shape[0],
+        end_tokens=end_tokens(base),
+        model_name=base.name,
+        model_fingerprint=base.fingerprint,
+        plan_id=plan.id,
+        version=__version__,
+        default_variant=settings.default_variant.lower(),
+        created=int(time.time()),
+    )
+
+
+def end_tokens(base: BaseModel) -> frozenset[int]:
+    """Return the tokens with which the model ends its text, by its generation config and
+    tokenizer."""
+    configured = base.model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Return the layers that `1,2,29` names.
+
+    Raises:
+        SettingsError: the text is something else.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise SettingsError(f"--protect {text!r} must be layer numbers such as 1,2,29")
+    return frozenset(int(part) for part in parts)
+
+
+def _dropping(plan: Plan, drop: str) -> Plan:
+    return plan.with_drop(parse_drop(drop, layers=plan.model.layers, most=len(plan.ranking)))

@@ -1,0 +1,42 @@
+"""What several tests share: one loaded model, one running server, one cache for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# The converted model and plans stay between runs, apart from the user's own cache.
+os.environ.setdefault(
+    "ATTNDROP_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "test-cache")
+)
+
+import pytest
+
+from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from tests.live import LiveServer, serve
+
+HALF = "15"
+"""Layers dropped by `pruned` on the live server: half of the embedded model's 30."""
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseModel:
+    """The embedded model, in this process, in float32."""
+    return load_base_model(EMBEDDED_MODEL, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[LiveServer]:
+    """A server on the embedded model: full, pruned (15 of 30 layers dropped) and light (4)."""
+    with serve(["--drop", HALF, "--variant", "light=4", "--dtype", "float32"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data for measuring, which is not part of the project."""
+    folder = os.environ.get("ATTNDROP_SHARED_DATA")
+    if not folder:
+        pytest.skip("ATTNDROP_SHARED_DATA does not name a folder of real data")
+    return Path(folder)

@@ -1,0 +1,160 @@
+"""`attndrop plan` from the outside: files, stdout, stderr and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from tiny_models import tiny_base, tiny_model
+from typer.testing import CliRunner, Result
+
+from pruning.cli import plan_app
+from pruning.plan import read_plan
+
+app = typer.Typer()
+app.add_typer(plan_app, name="plan")
+
+
+@app.command()
+def other() -> None:
+    """A second command, as the whole command line has."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A checkpoint folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model(layers=6).save_pretrained(folder)
+    tiny_base().tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ATTNDROP_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "plans"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+SMALL = ("--samples", 2, "--length", 12)
+
+
+def test_compute_is_the_default_command(model, tmp_path):
+    out = tmp_path / "plan.json"
+    result = run("--model", model, "--drop", "2", "--output", out, *SMALL)
+    assert (result.exit_code, result.stdout) == (0, "")
+    plan = read_plan(out)
+    assert (plan.drop, plan.model.name, plan.model.layers) == (2, "tiny", 6)
+    assert f"plan {plan.id} (computed) in {out}: drops 2 of 6 layers of tiny" in result.stderr
+
+
+def test_without_output_stdout_is_the_plan_and_nothing_else(model):
+    result = run("compute", "--model", model, "--drop", "50%", *SMALL)
+    assert json.loads(result.stdout)["drop"] == 3
+
+
+def test_the_second_time_comes_from_the_cache_unless_forced(model, cache):
+    assert "(computed)" in run("--model", model, *SMALL).stderr
+    assert "(cached)" in run("--model", model, "--drop", "3", *SMALL).stderr
+    assert "(computed)" in run("--model", model, "--force", *SMALL).stderr
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_calibration_file_and_protected_layers(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
+    result = run("--model", model, "--calibration", text, "--protect", "1, 5", *SMALL)
+    plan = json.loads(result.stdout)
+    assert plan["protected"] == [0, 1, 5]
+    assert plan["calibration"]["source"].startswith("text.txt sha256:")
+    assert plan["calibration"]["seed"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drop", "6"], "cannot drop 6 of 6 layers: at most 5"),
+        (["--drop", "many"], "drop must be a number of layers"),
+        (["--protect", "1;2"], "--protect must be layer indices"),
+        (["--protect", "9"], "protected layers [9] do not exist"),
+        (["--strategy", "best"], "strategy 'best' is not one of cosine"),
+        (["--calibration", "none.txt"], "there is no calibration file 'none.txt'"),
+        (["--length", "1"], "length must be 2 to 128 tokens"),
+        (["--dtype", "int4"], "dtype 'int4' is not one of"),
+        (["--output", "/none/plan.json"], "cannot write plan /none/plan.json"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(model, options, message):
+    result = run("--model", model, *SMALL, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+
+
+class TestShow:
+    def test_a_file(self, model, tmp_path):
+        out = tmp_path / "plan.json"
+        run("--model", model, "--drop", "2", "--protect", "4", "--output", out, *SMALL)
+        result = run("show", out)
+        assert result.exit_code == 0
+        lines = result.stdout.splitlines()
+        rows = {int(line.split()[0]): line for line in lines if line.split()[0].isdigit()}
+        assert sorted(rows) == list(range(6))
+        assert {layer for layer, row in rows.items() if "dropped" in row} == read_plan(
+            out
+        ).dropped_layers()
+        assert "kept always" in rows[0]
+        assert "kept, protected" in rows[4]
+        assert sum("█" in row for row in rows.values()) == 4
+
+    def test_another_drop_count_needs_no_measuring(self, model, tmp_path):
+        out = tmp_path / "plan.json"
+        run("--model", model, "--drop", "2", "--output", out, *SMALL)
+        result = run("show", out, "--drop", "4")
+        assert "drops 4 of 6 layers" in result.stdout
+        assert result.stdout.count("dropped") == 4
+
+    def test_a_models_newest_cached_plan(self, model):
+        run("--model", model, *SMALL)
+        result = run("show", "tiny")
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert "2 x 12 tokens of self, seed 0" in result.stdout
+
+    def test_neither_file_nor_model(self):
+        result = run("show", "nothing")
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: 'nothing' is neither a plan file nor a model")
+
+
+class TestLlmDrop:
+    def test_import_show_and_export(self, model, tmp_path):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"num_hidden_layers": 6, "drop_attn_list": [5, 2]}))
+        out = tmp_path / "plan.json"
+        imported = run("import-llm-drop", config, "--model", model, "--output", out)
+        assert imported.exit_code == 0
+        shown = run("show", out)
+        assert "nothing was measured" in shown.stdout
+        assert shown.stdout.count("dropped") == 2
+        exported = run("export-llm-drop", out, config, "--drop", "1")
+        assert exported.exit_code == 0
+        assert json.loads(config.read_text())["drop_attn_list"] == [5]
+
+    def test_mlp_dropping_is_refused(self, model, tmp_path):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"drop_attn_list": [5], "drop_mlp_list": [5]}))
+        result = run("import-llm-drop", config, "--model", model)
+        assert result.exit_code == 1
+        assert "only attention can be dropped here" in result.stderr
+
+
+def test_help_names_the_commands():
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in ("compute", "show", "import-llm-drop", "export-llm-drop"):
+        assert name in result.stdout
