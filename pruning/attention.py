@@ -106,9 +106,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionF
     return biased_attention(query, key, value, mask, form)
 
 
-def causal_mask(
-    rows: int, length: int, sliding_window: int | None, device: torch.device
-) -> Tensor:
+def causal_mask(rows: int, length: int, sliding_window: int | None, device: torch.device) -> Tensor:
     """Return [rows, length], true where the row (counted from the end) may look."""
     positions = torch.arange(length - rows, length, device=device)[:, None]
     keys = torch.arange(length, device=device)[None, :]
@@ -138,4 +136,3 @@ def biased_attention(
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2)
-

@@ -254,16 +254,18 @@ def _progress_bars() -> Iterator[calibration.Progress]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
+    bars = Progress(*columns, console=console)
     logger.addHandler(handler)
     try:
-        with Progress(*columns, console=console) as bars:
-            yield _Reporter(bars)
+        yield _Reporter(bars)
     finally:
         logger.removeHandler(handler)
+        if bars.live.is_started:
+            bars.stop()
 
 
 class _Reporter:
-    """Draws one bar for each thing that is being done."""
+    """Draws one bar for each thing that is being done, and nothing while there is nothing."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -271,6 +273,7 @@ class _Reporter:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what not in self._tasks:
+            self._bars.start()
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
 

@@ -74,7 +74,7 @@ def family_of(config: Any) -> Family:
     Raises:
         UnknownFamilyError: the config's `model_type` is not in the table.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
     if model_type not in FAMILIES:
         raise UnknownFamilyError(
             f"model family {model_type!r} is not supported; supported families: "

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,7 +67,7 @@ class BaseModel:
 
 
 def cache_folder() -> Path:
-    """Return where converted models and plans are kept: $ATTNDROP_CACHE_DIR, or the user's cache."""
+    """Return where converted models and plans are kept ($ATTNDROP_CACHE_DIR moves it)."""
     if chosen := os.environ.get("ATTNDROP_CACHE_DIR"):
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -100,8 +101,8 @@ def load_base_model(
         raise ModelError(f"cannot serve {source!r}: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load model {source!r}: {_first_line(error)}") from error
-    model = model.to(target).eval()
-    model.requires_grad_(False)
+    nn.Module.to(model, target)
+    nn.Module.eval(model).requires_grad_(False)
     fingerprint = model_fingerprint(model)
     return BaseModel(served_name(source), model, tokenizer, fingerprint, tuple(wrap(model)))
 
@@ -174,16 +175,16 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     location: dict[str, Any] = {"gguf_file": path.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, **location
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **location)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **location)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read GGUF file {path}: {_first_line(error)}") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
+    )
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)

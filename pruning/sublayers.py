@@ -135,7 +135,7 @@ def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
         UnknownFamilyError: the model's family is not in the table.
     """
     family = family_of(model.config)
-    layers = model.get_decoder().layers
+    layers = model.get_decoder().layers  # type: ignore[no-untyped-call]
     for index, layer in enumerate(layers):
         if not isinstance(layer, WrappedLayer):
             layers[index] = WrappedLayer(layer, family, index)

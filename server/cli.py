@@ -19,7 +19,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from pruning.calibration import CalibrationError
-from pruning.cli import _progress_bars as progress_bars, plan_app
+from pruning.cli import _progress_bars as progress_bars
+from pruning.cli import plan_app
 from pruning.importance import ImportanceError
 from pruning.loading import ModelError
 from pruning.plan import PlanError
@@ -96,7 +97,7 @@ def _option_help(name: str, field: FieldInfo) -> str:
 def serve(**given: Any) -> None:
     """Serve a model over HTTP."""
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value not in (None, [])})
+        settings = Settings(**{name: v for name, v in given.items() if v not in (None, [])})
     except ValidationError as error:
         raise _fail(_setting_problem(error)) from None
     _log_to_stderr(settings.log_level)
@@ -144,7 +145,7 @@ def _greet(url: str, started: Started) -> None:
     console.print(
         f"\ncurl {url}/v1/completions -H 'Content-Type: application/json' "
         f"-H 'X-Model-Variant: pruned' "
-        "-d '{\"prompt\": \"The capital of France is\", \"max_tokens\": 16, \"temperature\": 0}'\n"
+        '-d \'{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}\'\n'
     )
 
 
@@ -162,7 +163,7 @@ def _setting_problem(error: ValidationError) -> str:
 
 
 def _fail(message: str) -> typer.Exit:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"attndrop: {message}", markup=False)
+    typer.echo(f"error: {message}", err=True)
     return typer.Exit(1)
 
 

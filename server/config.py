@@ -35,7 +35,7 @@ def parse_bytes(value: Any) -> Any:
         return value
     match = _SIZE.fullmatch(value.strip())
     if not match:
-        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KiB ... TiB, KB ...")
+        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KB, MiB, GiB ...")
     return int(float(match[1]) * {**_UNITS, **_BINARY_UNITS}[(match[2] or "").lower()])
 
 
@@ -76,9 +76,7 @@ class Settings(BaseSettings):
     variant: Texts = Field(
         (), description="NAME=DROP: one more variant of the same plan, such as light=4. Repeatable."
     )
-    default_variant: str = Field(
-        PRUNED, description="The variant of requests that name none."
-    )
+    default_variant: str = Field(PRUNED, description="The variant of requests that name none.")
     calibration: str = Field(
         "self", description="Calibration text: self (the model writes it), a file, or hf:NAME."
     )

@@ -1,8 +1,8 @@
 """The life of the server process: started, draining, stopped.
 
-    SIGTERM, SIGINT   new requests get 503, running ones finish within the drain timeout, exit 0
-    a second signal   stop at once
-    the engine dies   its requests are told, /health says 503 for a moment, exit 1
+SIGTERM, SIGINT   new requests get 503, running ones finish within the drain timeout, exit 0
+a second signal   stop at once
+the engine dies   its requests are told, /health says 503 for a moment, exit 1
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + self._drain_timeout
-        while self._busy() and time.monotonic() < deadline:
+        while self._busy() and time.monotonic() < deadline:  # noqa: ASYNC110 - another thread's
             await asyncio.sleep(_POLL)
         if self._busy():
             logger.warning("the drain timeout has passed; aborting what is left")

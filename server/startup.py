@@ -13,8 +13,8 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from pruning.calibration import Progress
-from pruning.loading import BaseModel, cache_folder, load_base_model
 from pruning.cli import DEFAULT_DROP
+from pruning.loading import BaseModel, cache_folder, load_base_model
 from pruning.plan import Plan, PlanCache, PlanRequest, parse_drop, read_plan
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
@@ -112,7 +112,7 @@ def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine
         metrics=Metrics(base.name, engine.describe(), plan.id, __version__, engine.stats),
         tokenizer=base.tokenizer,
         vocabulary=Vocabulary(base.tokenizer),
-        vocabulary_size=base.model.get_input_embeddings().weight.shape[0],
+        vocabulary_size=int(base.model.config.get_text_config().vocab_size),
         end_tokens=end_tokens(base),
         model_name=base.name,
         model_fingerprint=base.fingerprint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -33,7 +33,7 @@ class EngineConfigError(ValueError):
 class EngineConfig:
     """What may be chosen about an engine."""
 
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     kv_cache_bytes: int | None = None
     """Bytes of page pool; None takes a share of the free memory."""
     context: int | None = None

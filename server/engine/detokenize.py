@@ -32,10 +32,12 @@ class Vocabulary:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UnknownDecoderError for a tokenizer of another kind."""
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        self._added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+        added = tokenizer.added_tokens_decoder
+        marked = {index for index, token in added.items() if token.special}
+        self._special = frozenset(marked | set(tokenizer.all_special_ids))
+        self._added = {index: token.content for index, token in added.items()}
         self._byte_level = _is_byte_level(tokenizer)
-        self._alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._alphabet = {char: byte for byte, char in _gpt2_bytes().items()}
         self.token_bytes = cache(self._token_bytes)
         self.token_text = cache(self._token_text)
 
@@ -80,6 +82,10 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
         f"the tokenizer decodes by {decoder[:200]}; byte-level BPE and SentencePiece with byte "
         "fallback are understood"
     )
+
+
+def _gpt2_bytes() -> dict[int, str]:
+    return bytes_to_unicode()  # type: ignore[no-untyped-call,no-any-return]
 
 
 class TextStream:

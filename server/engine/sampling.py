@@ -30,7 +30,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         chosen = [rows[i] for i in random]
         index = torch.tensor(random, device=logits.device)
         tokens[index] = _draw(_probabilities(adjusted[index], chosen), chosen)
-    return tokens.tolist()  # type: ignore[no-any-return]
+    return tokens.tolist()
 
 
 def generated_logprobs(

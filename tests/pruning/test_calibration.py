@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import BOS, EOS, ids, tiny_base
 
 from pruning.calibration import (
     MAX_FILE_BYTES,
@@ -19,7 +18,7 @@ from pruning.calibration import (
     calibrate,
     calibration_source,
 )
-from pruning.loading import EMBEDDED_MODEL, load_base_model
+from tests.pruning.tiny_models import BOS, EOS, ids, tiny_base
 
 
 def write(path: Path, *records: object) -> str:
@@ -235,9 +234,8 @@ def test_fingerprint_covers_tokens_and_shape():
 
 
 @pytest.mark.skipif("ATTNDROP_SHARED_DATA" not in os.environ, reason="ATTNDROP_SHARED_DATA not set")
-def test_real_text_with_the_embedded_model():
+def test_real_text_with_the_embedded_model(base):
     path = Path(os.environ["ATTNDROP_SHARED_DATA"]) / "calibration" / "cal_c4.txt"
-    base = load_base_model(EMBEDDED_MODEL)
     data = calibrate(str(path), base, samples=16, length=64)
     assert base.tokenizer.decode(data.token_ids[0]).startswith("Restore from larger disk")
     assert data.token_ids.shape == (16, 64)

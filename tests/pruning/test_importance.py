@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_base, tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pruning import loading
 from pruning.calibration import CalibrationSet, calibrate
 from pruning.importance import ImportanceError, measure_importance
-from pruning.loading import BaseModel, load_base_model
+from pruning.loading import BaseModel
+from tests.pruning.tiny_models import VOCABULARY, tiny_base, tiny_model
 
 
 def random_set(samples: int, length: int) -> CalibrationSet:
@@ -61,8 +60,7 @@ def test_equals_an_independent_computation(family, attention_output):
     assert measured == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_embedded_model_equals_an_independent_computation():
-    base = load_base_model(loading.EMBEDDED_MODEL, dtype="float32", device="cpu")
+def test_the_embedded_model_equals_an_independent_computation(base):
     data = calibrate("self", base, samples=4, length=32)
     plain = AutoModelForCausalLM.from_pretrained(
         base.model.config.name_or_path, dtype=torch.float32, attn_implementation="eager"

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_base
 
 from pruning.llm_drop import DropLists, plan_from_llm_drop, read_drop_lists, write_drop_lists
 from pruning.plan import PlanError, PlanRequest, compute_plan, read_plan, write_plan
+from tests.pruning.tiny_models import tiny_base
 
 BASE = tiny_base(layers=6)
 

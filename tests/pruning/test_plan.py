@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_base
 
 from pruning import plan as plan_module
 from pruning.calibration import CalibrationError
@@ -27,6 +26,7 @@ from pruning.plan import (
     read_plan,
     write_plan,
 )
+from tests.pruning.tiny_models import tiny_base
 
 BASE = tiny_base(layers=6)
 REQUEST = PlanRequest(samples=2, length=12, protected=frozenset({3}))

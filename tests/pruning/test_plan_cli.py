@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from tiny_models import tiny_base, tiny_model
 from typer.testing import CliRunner, Result
 
 from pruning.cli import plan_app
 from pruning.plan import read_plan
+from tests.pruning.tiny_models import tiny_base, tiny_model
 
 app = typer.Typer()
 app.add_typer(plan_app, name="plan")
@@ -85,7 +85,7 @@ def test_calibration_file_and_protected_layers(model, tmp_path):
         (["--strategy", "best"], "strategy 'best' is not one of cosine"),
         (["--calibration", "none.txt"], "there is no calibration file 'none.txt'"),
         (["--length", "1"], "length must be 2 to 128 tokens"),
-        (["--dtype", "int4"], "dtype 'int4' is not one of"),
+        (["--model", "/none"], "cannot load model '/none'"),
         (["--output", "/none/plan.json"], "cannot write plan /none/plan.json"),
     ],
 )

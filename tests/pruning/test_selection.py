@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_base
 
 from pruning.calibration import CalibrationSet, silent
 from pruning.importance import measure_importance
 from pruning.selection import STRATEGIES, DropStep, rank_by_importance
+from tests.pruning.tiny_models import tiny_base
 
 
 def test_least_important_first_and_ties_by_lower_layer():

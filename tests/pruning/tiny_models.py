@@ -17,8 +17,17 @@ VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS]
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 
 EXTRAS = {
+    "mistral": {"sliding_window": 5},
+    "phi3": {"sliding_window": 6},
+    "qwen3": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
-    "granite": {"residual_multiplier": 0.3},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8},
+    "granite": {
+        "residual_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 1.5,
+        "attention_multiplier": 0.2,
+    },
 }
 
 

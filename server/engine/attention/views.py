@@ -25,7 +25,7 @@ def layer_views(
         per_token = _elements_per_layer_token(layout, variants)
         used = pool[:, : layers * tokens * per_token]
         shape = (layers, 2, tokens, kv_heads, per_token // (2 * kv_heads))
-        view = used.unflatten(1, shape)
+        view = used.unflatten(1, shape)  # type: ignore[no-untyped-call]
         for place, layer in enumerate(group.layers):
             views[layer] = (view[:, place, 0], view[:, place, 1])
     return views
