@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from pruning import calibration
@@ -25,6 +26,7 @@ from pruning.importance import ImportanceError
 from pruning.llm_drop import plan_from_llm_drop, write_drop_lists
 from pruning.loading import EMBEDDED_MODEL, BaseModel, ModelError, cache_folder, load_base_model
 from pruning.plan import (
+    DEFAULT_DROP,
     Plan,
     PlanCache,
     PlanError,
@@ -35,8 +37,6 @@ from pruning.plan import (
     write_plan,
 )
 from pruning.selection import ALWAYS_KEPT, DEFAULT_STRATEGY
-
-DEFAULT_DROP = "25%"
 
 _BAR_WIDTH = 30
 
@@ -100,7 +100,7 @@ def compute(
             calibration_spec, samples, length, seed, strategy, _parse_layers(protect)
         )
         base = load_base_model(model, dtype=dtype, device=device)
-        with _progress_bars() as progress:
+        with progress_bars() as progress:
             plan, origin = _measured(base, request, progress, force)
         _deliver(_dropping(plan, drop), output, origin)
 
@@ -243,8 +243,9 @@ def _say(sentence: str) -> None:
 
 
 @contextmanager
-def _progress_bars() -> Iterator[calibration.Progress]:
+def progress_bars() -> Iterator[calibration.Progress]:
     """Show progress and the log on stderr; yields what library code reports to."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logger = logging.getLogger("pruning")

@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from pruning.families import UnknownFamilyError, family_of
 from pruning.sublayers import AttentionSublayer, wrap
@@ -89,13 +88,12 @@ def load_base_model(
         ModelError: not found, not readable, of an unknown family, or a bad dtype or device.
     """
     target = _resolve_device(device)
+    weights_dtype = _resolve_dtype(dtype, target)
     folder = _checkpoint(source)
     options = {"trust_remote_code": trust_remote_code}
     try:
         family_of(AutoConfig.from_pretrained(folder, **options))
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_resolve_dtype(dtype, target), **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=weights_dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except UnknownFamilyError as error:
         raise ModelError(f"cannot serve {source!r}: {error}") from error
@@ -172,12 +170,11 @@ def _converted(path: Path) -> Path:
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     location: dict[str, Any] = {"gguf_file": path.name}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **location)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **location)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise ModelError(f"cannot read GGUF file {path}: {_first_line(error)}") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):

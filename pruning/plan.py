@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "attndrop-plan"
 VERSION = 1
 TARGET = "attention"
+DEFAULT_DROP = "25%"
+"""What is dropped where nobody says how much."""
 MAX_PLAN_BYTES = 1 << 20
 MAX_LAYERS = 1024
 

@@ -19,8 +19,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from pruning.calibration import CalibrationError
-from pruning.cli import _progress_bars as progress_bars
-from pruning.cli import plan_app
+from pruning.cli import plan_app, progress_bars
 from pruning.importance import ImportanceError
 from pruning.loading import ModelError
 from pruning.plan import PlanError

@@ -13,9 +13,8 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from pruning.calibration import Progress
-from pruning.cli import DEFAULT_DROP
 from pruning.loading import BaseModel, cache_folder, load_base_model
-from pruning.plan import Plan, PlanCache, PlanRequest, parse_drop, read_plan
+from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_drop, read_plan
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
 from server.api.service import Service
