@@ -1,17 +1,16 @@
-"""A server to scrape: `metrics_url` answers with the metrics of a service under steady traffic."""
+"""A server to scrape: `metrics_url` answers with the metrics of the real one under traffic."""
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
-from server.engine.stats import EngineStats, Timeline, VariantInfo, VariantStats
-from server.metrics import FINISH_REASONS, REFUSAL_REASONS, Metrics
+from server.engine.stats import EngineStats, VariantInfo, VariantStats
+from server.metrics import Metrics
+from tests.live import LiveServer
 
 VARIANTS = (
     VariantInfo("full", 30, (), kv_bytes_per_token=23_040, capacity_tokens=16_384),
@@ -19,89 +18,42 @@ VARIANTS = (
         "pruned", 15, tuple(range(15, 30)), kv_bytes_per_token=11_520, capacity_tokens=32_768
     ),
 )
-RUNNING = 3
-TOKENS_HELD = 200
-GENERATED = 24
 
 
 class Traffic:
-    """Requests of both variants, ending a few times a second until `stop`.
+    """Sends requests of every variant, several at a time, until `stop`."""
 
-    A token of a variant takes a fixed time, 8 ms with all attention layers.
-    """
-
-    def __init__(self) -> None:
-        self._steps = 0
+    def __init__(self, server: LiveServer) -> None:
+        self._server = server
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.metrics = Metrics("smol", VARIANTS, plan_id="0f1e2d", version="0.0", stats=self._stats)
+        self._threads = [
+            threading.Thread(target=self._send, args=(variant,))
+            for variant in ("full", "light", "pruned")
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        endings = zip(itertools.cycle(FINISH_REASONS), itertools.cycle(REFUSAL_REASONS))
-        for finish, refusal in endings:
-            for variant in VARIANTS:
-                self._serve(variant, finish)
-            self.metrics.refused(refusal)
-            if self._stopped.wait(0.1):
-                return
-
-    def _serve(self, variant: VariantInfo, reason: str) -> None:
-        per_token = 0.008 * variant.attention_layers / 30
-        for _ in range(GENERATED - 1):
-            self.metrics.token_emitted(variant.name, per_token)
-        self._steps += GENERATED
-        now = time.monotonic()
-        first = now - per_token * (GENERATED - 1)
-        timeline = Timeline(first - 0.05, first - 0.03, first, now)
-        self.metrics.finished(variant.name, reason, TOKENS_HELD, GENERATED, timeline)
-
-    def _stats(self) -> EngineStats:
-        held = RUNNING * TOKENS_HELD
-        return EngineStats(
-            alive=True,
-            pool_bytes=16_384 * 23_040,
-            variants=tuple(
-                VariantStats(v.name, RUNNING, 1, held * v.kv_bytes_per_token, 0) for v in VARIANTS
-            ),
-            steps=self._steps,
-        )
-
-
-def _handler(metrics: Metrics) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body, content_type = metrics.render(self.headers.get("Accept"))
-            self.send_response(200)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Scrapes are not worth a line each in the test's output."""
-
-    return Handler
+    def _send(self, variant: str) -> None:
+        body = {"prompt": "Once upon a time", "max_tokens": 24, "ignore_eos": True, "n": 2}
+        with self._server.client(headers={"X-Model-Variant": variant}) as client:
+            while not self._stopped.is_set():
+                client.post("/v1/completions", json=body).raise_for_status()
+                assert client.post("/v1/completions", json={"n": 0}).status_code == 400
 
 
 @pytest.fixture(scope="session")
-def metrics_url() -> Iterator[str]:
+def metrics_url(live: LiveServer) -> Iterator[str]:
     """http://127.0.0.1:PORT/metrics of a server that keeps serving every variant."""
-    traffic = Traffic()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(traffic.metrics))
-    listener = threading.Thread(target=server.serve_forever)
+    traffic = Traffic(live)
     traffic.start()
-    listener.start()
-    yield f"http://127.0.0.1:{server.server_port}/metrics"
-    server.shutdown()
-    listener.join()
-    server.server_close()
+    yield str(httpx.URL(live.url).join("/metrics"))
     traffic.stop()
 
 
