@@ -61,6 +61,11 @@ class BaseModel:
         return len(self.sublayers)
 
     @property
+    def checkpoint(self) -> Path:
+        """The folder that the weights were read from, if they were."""
+        return Path(self.model.config._name_or_path)
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

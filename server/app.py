@@ -1,6 +1,6 @@
 """The HTTP application: routes, and what wraps every one of them.
 
-    body limit -> request id -> CORS -> API key -> routes
+    request id -> CORS -> API key -> body limit -> routes
 
 Built from a `Service`, so tests and the command line start the same thing.
 """
@@ -43,6 +43,7 @@ def create_app(
         app.include_router(part.router)
     install_handlers(app)
     app.add_exception_handler(ClientLeftError, _client_left)
+    app.add_middleware(_BodyLimit, limit=max_body_size, service=service)
     if api_keys:
         app.add_middleware(_ApiKeys, keys=api_keys, service=service)
     if cors_origins:
@@ -54,7 +55,6 @@ def create_app(
             expose_headers=[VARIANT_HEADER, REQUEST_ID_HEADER],
         )
     app.add_middleware(_RequestId)
-    app.add_middleware(_BodyLimit, limit=max_body_size)
     return app
 
 
@@ -108,9 +108,10 @@ class _RequestId:
 class _BodyLimit:
     """Answers 413 to bodies over the limit, without reading them to the end."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, service: Service) -> None:
         self._app = app
         self._limit = limit
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,7 +119,7 @@ class _BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdigit() or int(declared) > self._limit:
-            await _answer(too_large(self._limit), scope, receive, send)
+            await _answer(self._refusal(), scope, receive, send)
             return
         received = 0
 
@@ -127,10 +128,14 @@ class _BodyLimit:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._limit:
-                raise HTTPException(413, str(too_large(self._limit)))
+                raise HTTPException(413, str(self._refusal()))
             return message
 
         await self._app(scope, limited_receive, send)
+
+    def _refusal(self) -> ApiError:
+        self._service.metrics.refused("invalid")
+        return too_large(self._limit)
 
 
 async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import httpx
 
-START_SECONDS = 240
+START_SECONDS = 600
 _URL = re.compile(r"serves (?P<model>\S+) at (?P<url>http://\S+)")
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -46,15 +47,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Json], headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, events: AsyncGenerator[Json, None], headers: Mapping[str, str]) -> None:
+        super().__init__(
+            headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
         del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         body = asyncio.create_task(self._send_events(send))
         gone = asyncio.create_task(_disconnected(receive))
         try:
@@ -66,8 +67,9 @@ class EventStream(Response):
 
     async def _send_events(self, send: Send) -> None:
         try:
-            async for event in self._events:
-                await send(_chunk(_json(event)))
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await send(_chunk(_json(event)))
         except ApiError as error:
             await send(_chunk(_json(error.body)))
         else:

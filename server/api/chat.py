@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,8 @@ async def _prompt(service: Service, body: ChatCompletionRequest) -> tuple[int, .
         )
     except jinja2.TemplateError as error:
         raise bad_request(f"the chat template refused the messages: {error}", "messages") from error
-    return await service.tokenize(text, special=bool(body.add_special_tokens))
+    (tokens,) = await service.tokenize([str(text)], special=bool(body.add_special_tokens))
+    return tokens
 
 
 def _specs(call: _Call) -> list[ChoiceSpec]:
@@ -127,7 +129,7 @@ async def _collect(call: _Call, generation: Generation) -> Json:
     }
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncIterator[Json]:
+async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, None]:
     options = call.body.stream_options
     with_usage = options is not None and options.include_usage
     continuous = options is not None and options.continuous_usage_stats
@@ -138,15 +140,14 @@ async def _events(call: _Call, generation: Generation) -> AsyncIterator[Json]:
     for index in range(call.body.n or 1):
         role = {"role": "assistant", "content": "", "refusal": None}
         yield {**header, "choices": [_chunk_choice(index, role, None, None)]}
-    async for delta in generation.deltas():
-        usage = usage.plus(delta.generated)
-        content = {"content": delta.text} if delta.text or delta.shown else {}
-        logprobs = call.logprobs(list(delta.shown)) if delta.shown else None
-        event = {
-            **header,
-            "choices": [_chunk_choice(delta.choice, content, logprobs, delta.finish)],
-        }
-        yield {**event, "usage": usage.json()} if with_usage and continuous else event
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            usage = usage.plus(delta.generated)
+            content = {"content": delta.text} if delta.text or delta.shown else {}
+            logprobs = call.logprobs(list(delta.shown)) if delta.shown else None
+            choice = _chunk_choice(delta.choice, content, logprobs, delta.finish)
+            event = {**header, "choices": [choice]}
+            yield {**event, "usage": usage.json()} if with_usage and continuous else event
     if with_usage:
         yield {**header, "choices": [], "usage": usage.json()}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -67,11 +68,6 @@ class _Call:
     created: int
 
     @property
-    def drafts(self) -> int:
-        """Choices generated for each prompt."""
-        return max(self.body.best_of or 1, self.body.n or 1)
-
-    @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
@@ -105,46 +101,52 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> tuple[_Prompt, ...]:
-    """Return the prompts that the four forms of `prompt` (and null) mean."""
-    given = body.prompt
-    if given is None or isinstance(given, str):
-        return (await _text_prompt(service, body, given or ""),)
-    if not given:
-        raise bad_request("'prompt' is an empty list", "prompt")
-    if isinstance(given[0], int):
-        return (_token_prompt(service, given),)  # type: ignore[arg-type]
-    return tuple(
-        [
-            await _text_prompt(service, body, prompt)
-            if isinstance(prompt, str)
-            else _token_prompt(service, prompt)  # type: ignore[arg-type]
-            for prompt in given
-        ]
+    texts, tokens = _texts_and_tokens(body)
+    choices = (len(texts) + len(tokens)) * body.drafts
+    most = service.engine.queue_limit
+    if not 0 < choices <= most:
+        raise bad_request(
+            f"'prompt' asks for {choices} choices, and a request may have 1 to {most}; "
+            "send several requests",
+            "prompt",
+        )
+    encoded = await service.tokenize(texts, special=body.add_special_tokens is not False)
+    first = (service.first_token,)
+    return (
+        *(_Prompt(ids or first, text) for ids, text in zip(encoded, texts, strict=True)),
+        *(_token_prompt(service, body, ids) for ids in tokens),
     )
 
 
-async def _text_prompt(service: Service, body: CompletionRequest, text: str) -> _Prompt:
-    special = body.add_special_tokens is not False
-    tokens = await service.tokenize(text, special=special)
-    return _Prompt(tokens or (service.first_token,), text)
+def _texts_and_tokens(body: CompletionRequest) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+    """Return the prompts that the four forms of `prompt` (and null) mean; one of both is empty."""
+    match body.prompt:
+        case None | str():
+            return [body.prompt or ""], []
+        case [str(), *_]:
+            return cast("list[str]", body.prompt), []
+        case [int(), *_]:
+            return [], [cast("list[int]", body.prompt)]
+        case _:
+            return [], cast("list[list[int]]", body.prompt)
 
 
-def _token_prompt(service: Service, tokens: Sequence[int]) -> _Prompt:
+def _token_prompt(service: Service, body: CompletionRequest, tokens: Sequence[int]) -> _Prompt:
     if not tokens:
         raise bad_request("'prompt' holds an empty list of tokens", "prompt")
     service.check_tokens(tokens, "prompt")
-    return _Prompt(tuple(tokens), service.vocabulary.text(tokens))
+    return _Prompt(tuple(tokens), service.vocabulary.text(tokens) if body.echo else "")
 
 
 def _specs(call: _Call) -> list[ChoiceSpec]:
     """Return what to generate: for every prompt, as many drafts as n and best_of ask for."""
     body = call.body
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    ranked = call.drafts > (body.n or 1)
+    ranked = body.drafts > (body.n or 1)
     params = choice_params(
         call.service,
         body,
-        count=call.drafts,
+        count=body.drafts,
         max_tokens=max_tokens,
         logprobs=0 if ranked and body.logprobs is None else body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
@@ -157,7 +159,7 @@ def _specs(call: _Call) -> list[ChoiceSpec]:
 
 
 async def _collect(call: _Call, generation: Generation) -> Json:
-    answers = [_Answer() for _ in range(len(call.prompts) * call.drafts)]
+    answers = [_Answer() for _ in range(len(call.prompts) * call.body.drafts)]
     async for delta in generation.deltas():
         answers[delta.choice].add(delta)
     generated = sum(answer.generated for answer in answers)
@@ -173,28 +175,29 @@ async def _collect(call: _Call, generation: Generation) -> Json:
 
 def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
     """Return the n best drafts of each prompt, prompts in order."""
-    wanted = call.body.n or 1
-    if wanted == call.drafts:
+    wanted, count = call.body.n or 1, call.body.drafts
+    if wanted == count:
         return list(answers)
     kept: list[_Answer] = []
-    for start in range(0, len(answers), call.drafts):
-        drafts = sorted(answers[start : start + call.drafts], key=lambda a: -a.mean_logprob)
+    for start in range(0, len(answers), count):
+        drafts = sorted(answers[start : start + count], key=lambda a: -a.mean_logprob)
         kept.extend(drafts[:wanted])
     return kept
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncIterator[Json]:
+async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, None]:
     options = call.body.stream_options
     with_usage = options is not None and options.include_usage
     usage = Usage(call.prompt_tokens, 0)
-    async for delta in generation.deltas():
-        usage = usage.plus(delta.generated)
-        choice = _choice(call, delta.choice, delta.text, delta.shown, delta.finish)
-        event: dict[str, Any] = {**call.header(), "choices": [choice]}
-        if with_usage:
-            continuous = options is not None and options.continuous_usage_stats
-            event["usage"] = usage.json() if continuous else None
-        yield event
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            usage = usage.plus(delta.generated)
+            choice = _choice(call, delta.choice, delta.text, delta.shown, delta.finish)
+            event: dict[str, Any] = {**call.header(), "choices": [choice]}
+            if with_usage:
+                continuous = options is not None and options.continuous_usage_stats
+                event["usage"] = usage.json() if continuous else None
+            yield event
     if with_usage:
         yield {**call.header(), "choices": [], "usage": usage.json()}
 

@@ -20,6 +20,9 @@ MAX_QUOTE = 200
 """Characters of a bad value that an answer quotes."""
 
 INVALID = "invalid_request_error"
+TOO_LARGE = "request_too_large"
+ABOUT_A_FIELD = "about_a_field"
+"""Type of validation problems whose message and field are in their context."""
 
 
 class ApiError(Exception):
@@ -96,9 +99,7 @@ def unauthorized() -> ApiError:
 
 
 def too_large(limit: int) -> ApiError:
-    return ApiError(
-        413, f"the request body is larger than {limit} bytes", code="request_too_large"
-    )
+    return ApiError(413, f"the request body is larger than {limit} bytes", code=TOO_LARGE)
 
 
 def quote(value: object) -> str:
@@ -115,8 +116,10 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected_error)
 
 
-async def _api_error(_: Request, error: Exception) -> JSONResponse:
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    if error.status in (400, 404):
+        request.app.state.service.metrics.refused("invalid")
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
@@ -135,29 +138,39 @@ def _problem(problem: Mapping[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")[:MAX_QUOTE]
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', message)}"
-    if problem["type"] == "value_error":
+    if problem["type"] in ("value_error", ABOUT_A_FIELD):
         return message
     if problem["type"] == "extra_forbidden":
         return f"unknown field {_location(problem)!r}"
+    if isinstance(problem.get("input"), bytes):
+        return "the body was not read as JSON; send the header Content-Type: application/json"
     return f"{_location(problem) or 'body'}: {message}, not {quote(problem.get('input'))}"
 
 
 def _location(problem: Mapping[str, Any]) -> str:
-    """Return the field a problem is about; pydantic's own branch names are left out."""
-    parts = [str(part) for part in problem["loc"] if part != "body"]
-    return ".".join(part for part in parts if "[" not in part)[:MAX_QUOTE]
+    """Return the field a problem is about, as a path; pydantic marks bad keys with `[key]`."""
+    parts = [str(part) for part in problem["loc"][1:]]
+    if problem["type"] == ABOUT_A_FIELD:
+        parts.append(problem["ctx"]["field"])
+    return ".".join(part for part in parts if part != "[key]")[:MAX_QUOTE]
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = quote(request.url.path)
     messages = {
+        400: f"the body is not valid JSON: {error.__cause__}"[:MAX_QUOTE],
         404: f"there is no {path} here; the API is at /v1/completions and /v1/chat/completions",
         405: f"{request.method} is not allowed at {path}",
     }
+    if error.status_code == 400:  # FastAPI's word for a body that it could not parse
+        request.app.state.service.metrics.refused("invalid")
     message = messages.get(error.status_code, str(error.detail))
+    code = TOO_LARGE if error.status_code == 413 else None
     return JSONResponse(
-        error_body(message, INVALID), error.status_code, headers=dict(error.headers or {})
+        error_body(message, INVALID, code=code),
+        error.status_code,
+        headers=dict(error.headers or {}),
     )
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from server.api.errors import bad_request, generation_failed, queue_full, unavailable
 from server.api.service import Service
-from server.engine.detokenize import StopStrings, TextStream
+from server.engine.detokenize import StopStrings, TextStream, Vocabulary
 from server.engine.engine import EngineDeadError, QueueFullError, TooLongError
 from server.engine.request import (
     Ended,
@@ -49,7 +49,7 @@ class Shown:
     logprobs: TokenLogprobs | None
     """None where none were asked for, and for the first token of an echoed prompt."""
     offset: int
-    """Characters of the answer's text before it."""
+    """Characters of the answer's text before it, those held back for a stop string included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,28 +102,43 @@ class _Choice:
         self.characters = len(self.spec.echo)
         if self.spec.params.prompt_logprobs is None:
             return Delta(self.index, self.spec.echo, (), 0)
-        shown, offset = [], 0
-        for token, logprobs in zip(self.spec.prompt, [None, *self.scores], strict=True):
-            shown.append(Shown(token, logprobs, min(offset, self.characters)))
-            if not service.vocabulary.is_special(token):
-                offset += len(service.vocabulary.token_bytes(token).decode("utf-8", "replace"))
-        return Delta(self.index, self.spec.echo, tuple(shown), 0)
+        offsets = _offsets(service.vocabulary, self.spec.prompt, self.spec.echo)
+        entries = zip(self.spec.prompt, [None, *self.scores], offsets, strict=True)
+        return Delta(self.index, self.spec.echo, tuple(Shown(*entry) for entry in entries), 0)
 
     def _token(self, event: TokenEvent) -> Delta:
-        matched = self.stops.push(self.stream.push(event.token))
+        ends = event.finish is FinishReason.STOP  # like a stop string, a stop token is not shown
+        new = "" if ends else self.stream.push(event.token)
+        matched = self.stops.push(new)
         text, self.finish = matched.text, event.finish
         if matched.stopped:
             self.finish = FinishReason.STOP
         elif self.finish is not None:
             text += self._rest()
         shown = Shown(event.token, event.logprobs, self.characters)
-        self.characters += len(text)
+        self.characters += len(new)
         return Delta(self.index, text, (shown,), 1, self.finish)
 
     def _rest(self) -> str:
         """Return the text that was held back until it was known that no more follows."""
         matched = self.stops.push(self.stream.flush())
         return matched.text + self.stops.flush()
+
+
+def _offsets(vocabulary: Vocabulary, tokens: Sequence[int], text: str) -> Iterator[int]:
+    """Yield how many characters of their text come before each token.
+
+    Special tokens count where the text spells them out: what was given as a text may do so, the
+    text of what was given as tokens does not.
+    """
+    stream, offset = TextStream(vocabulary), 0
+    for token in tokens:
+        yield min(offset, len(text))
+        if vocabulary.is_special(token):
+            spelled = vocabulary.token_text(token)
+            offset += len(spelled) if text.startswith(spelled, offset) else 0
+        else:
+            offset += len(stream.push(token))
 
 
 class _Sink:
@@ -202,7 +217,7 @@ class Generation:
         ]
         self._submit()
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield the pieces of all choices as they come, until every choice has ended.
 
         Raises:
@@ -236,7 +251,6 @@ class Generation:
         try:
             service.engine.submit(self._requests)
         except TooLongError as error:
-            service.metrics.refused("invalid")
             raise bad_request(str(error), code="context_length_exceeded") from error
         except QueueFullError as error:
             service.metrics.refused("queue_full")

@@ -18,7 +18,7 @@ from server.metrics import Metrics
 VARIANT_HEADER = "X-Model-Variant"
 
 _INLINE_CHARACTERS = 4096
-"""Longer texts are tokenised off the event loop."""
+"""Texts that are longer together are tokenised off the event loop."""
 
 
 @dataclass(slots=True)
@@ -93,13 +93,16 @@ class Service:
         parts = (self.model_fingerprint, self.plan_id, variant, self.version)
         return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
-    async def tokenize(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """Return the token ids of a text, with the special tokens the model expects or without."""
+    async def tokenize(self, texts: Sequence[str], *, special: bool) -> list[tuple[int, ...]]:
+        """Return the token ids of texts, with the special tokens the model expects or without."""
 
-        def encode() -> tuple[int, ...]:
-            return tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        def encode() -> list[tuple[int, ...]]:
+            return [
+                tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+                for text in texts
+            ]
 
-        if len(text) <= _INLINE_CHARACTERS:
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return encode()
         return await asyncio.to_thread(encode)
 

@@ -16,7 +16,7 @@ router = APIRouter()
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
     variant = service.resolve_variant(body.model, request.headers)
-    tokens = await service.tokenize(body.prompt, special=body.add_special_tokens)
+    (tokens,) = await service.tokenize([body.prompt], special=body.add_special_tokens)
     return {
         "count": len(tokens),
         "max_model_len": service.engine.limit(variant),

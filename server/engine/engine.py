@@ -147,6 +147,11 @@ class Engine:
             for variant in self.variants
         )
 
+    @property
+    def queue_limit(self) -> int:
+        """How many requests may wait, and so how many can be submitted together."""
+        return self._scheduler.limits.waiting
+
     def limit(self, variant: str) -> int:
         """Return the longest prompt and answer together, in tokens, that a request may have."""
         return min(self.context, self._scheduler.capacity(variant))

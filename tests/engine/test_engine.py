@@ -273,7 +273,7 @@ def dropped_of_base() -> list[int]:
 
 @pytest.fixture(scope="module")
 def checkpoint(base: BaseModel) -> Path:
-    return Path(base.model.config._name_or_path)
+    return base.checkpoint
 
 
 def test_the_real_model_equals_a_llama_written_by_hand(
