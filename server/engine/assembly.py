@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +13,14 @@ import torch
 from pruning.families import context_limit, kv_shape
 from pruning.loading import BaseModel
 from pruning.variants import Variants
+from server.engine.attention import AttentionBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
-from server.engine.pages import PagePool, page_layout
+from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import Runner
 from server.engine.scheduler import Limits, Scheduler
+
+logger = logging.getLogger(__name__)
 
 CPU_SHARE = 0.25
 """Share of the free memory that pages get on a CPU, which holds much else ..."""
@@ -66,8 +71,25 @@ def build_engine(
             "too few for a single sequence; raise --kv-cache-memory"
         )
     pool = torch.zeros(pages, layout.page_elements, dtype=dtype, device=base.device)
-    runner = Runner(base, pool, SdpaBackend(pool, layout, variants, shape.kv_heads))
+    runner = Runner(base, pool, make_backend(pool, layout, variants, shape.kv_heads))
     return Engine(scheduler, runner, variants, layout, context, on_death)
+
+
+def make_backend(
+    pool: torch.Tensor, layout: PageLayout, variants: Variants, kv_heads: int
+) -> AttentionBackend:
+    """Return the fastest attention backend that the pool's device and dtype allow, and log it."""
+    device = pool.device
+    if device.type != "cuda" or pool.dtype.itemsize != 2:
+        logger.info("attention backend: sdpa (device %s, %s)", device.type, pool.dtype)
+        return SdpaBackend(pool, layout, variants, kv_heads)
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("attention backend: sdpa, slow on a GPU; `paged` needs the package triton")
+        return SdpaBackend(pool, layout, variants, kv_heads)
+    from server.engine.attention.paged import PagedBackend  # Triton exists on GPU machines only
+
+    logger.info("attention backend: paged (Triton)")
+    return PagedBackend(pool, layout, variants, kv_heads)
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

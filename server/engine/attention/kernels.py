@@ -1,0 +1,261 @@
+"""Triton kernels that write and read pages through block tables, with no gather copies.
+
+    write    keys and values of the step's rows into their slots
+    decode   sequences with one row: split over the sequence, so that few sequences fill the device
+             too (Flash-Decoding, Dao et al. 2023), then a reduction over the splits
+    chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691)
+
+Sliding windows and soft-capping are parts of the kernels. A page may hold any number of tokens.
+Lengths and tables are read on the device and nothing is planned on the host, so a captured CUDA
+graph stays valid for every step of its shape.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _write(
+    key, value, keys, values, slots,
+    key_row, value_row, page_stride, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, key_head, value_head,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    column = tl.arange(0, WIDTH)
+    head, place = column // DIM, column % DIM
+    inside = column < HEADS * DIM
+    target = (slot // TOKENS) * page_stride + (slot % TOKENS) * (HEADS * DIM) + column
+    source = row * key_row + head * key_head + place
+    tl.store(keys + target, tl.load(key + source, mask=inside), mask=inside)
+    source = row * value_row + head * value_head + place
+    tl.store(values + target, tl.load(value + source, mask=inside), mask=inside)
+
+
+@triton.jit
+def _capped(scores, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        scaled = scores / softcap
+        # tanh by exponentials; the argument is clipped where tanh is 1 in float32
+        scaled = tl.minimum(tl.maximum(scaled, -15.0), 15.0)
+        power = tl.exp(2 * scaled)
+        scores = softcap * (power - 1) / (power + 1)
+    return scores
+
+
+@triton.jit
+def _decode(
+    query, keys, values, tables, rows, lengths, partial, weights,
+    query_row, query_head, page_stride, table_stride,
+    scaling, softcap, window,
+    TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One program: one sequence, one kv head, one split of its tokens."""
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    row = tl.load(rows + sequence)
+    first = tl.maximum(length - window, 0)
+    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
+    start = first + split * share
+    end = tl.minimum(start + share, length)
+
+    member = tl.arange(0, PADDED)
+    dim = tl.arange(0, DIM_PADDED)
+    head = kv_head * GROUP + member
+    mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
+    q = tl.load(query + row * query_row + head[:, None] * query_head + dim[None, :], mask, 0.0)
+
+    highest = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    out = tl.zeros([PADDED, DIM_PADDED], tl.float32)
+    for at in range(start, end, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        seen = token < end
+        page = tl.load(tables + sequence * table_stride + token // TOKENS, seen, 0).to(tl.int64)
+        place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
+        inside = seen[:, None] & (dim < DIM)[None, :]
+        k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
+        scores = tl.dot(q, tl.trans(k)) * scaling
+        scores = _capped(scores, softcap, CAPPED)
+        scores = tl.where(seen[None, :], scores, float("-inf")) * _LOG2E
+        risen = tl.maximum(highest, tl.max(scores, 1))
+        fade = tl.exp2(highest - risen)
+        p = tl.exp2(scores - risen[:, None])
+        v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
+        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        total = total * fade + tl.sum(p, 1)
+        highest = risen
+
+    slot = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(partial + slot[:, None] * DIM + dim[None, :], out / safe[:, None], mask)
+    weight = tl.where(total > 0, highest + tl.log2(safe), float("-inf"))
+    tl.store(weights + slot, weight, member < GROUP)
+
+
+@triton.jit
+def _reduce(
+    partial, weights, rows, out, out_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program: the splits of one sequence and head, weighted by their share of the softmax."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows + sequence)
+    split = tl.arange(0, SPLITS)
+    dim = tl.arange(0, DIM_PADDED)
+    slot = (sequence * HEADS + head) * SPLITS + split
+    weight = tl.load(weights + slot)
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    parts = tl.load(partial + slot[:, None] * DIM + dim[None, :], (dim < DIM)[None, :], 0.0)
+    joined = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    target = out + row * out_row + head * DIM + dim
+    tl.store(target, joined.to(out.dtype.element_ty), dim < DIM)
+
+
+@triton.jit
+def _chunk(
+    query, keys, values, tables, sequences, starts, lengths, out,
+    query_row, query_head, out_row, page_stride, table_stride,
+    scaling, softcap, window,
+    TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS rows of one sequence and head over the tokens they may see."""
+    sequence = tl.load(sequences + tl.program_id(2))
+    head = tl.program_id(1)
+    start = tl.load(starts + sequence)
+    count = tl.load(starts + sequence + 1) - start
+    # The last rows see the most tokens: they go first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if tile * ROWS >= count:
+        return
+    length = tl.load(lengths + sequence)
+    local = tile * ROWS + tl.arange(0, ROWS)
+    position = length - count + local
+    dim = tl.arange(0, DIM_PADDED)
+    valid = (local < count)[:, None] & (dim < DIM)[None, :]
+    at_row = (start + local)[:, None]
+    q = tl.load(query + at_row * query_row + head * query_head + dim[None, :], valid, 0.0)
+
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+    lowest = length - count + tile * ROWS
+    first = tl.maximum(lowest - window + 1, 0) // BLOCK * BLOCK
+    end = tl.minimum(lowest + ROWS, length)
+    for at in range(first, end, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        exists = token < end
+        page = tl.load(tables + sequence * table_stride + token // TOKENS, exists, 0).to(tl.int64)
+        place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + (head // GROUP) * DIM
+        inside = exists[:, None] & (dim < DIM)[None, :]
+        k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
+        scores = tl.dot(q, tl.trans(k)) * scaling
+        scores = _capped(scores, softcap, CAPPED)
+        behind = position[:, None] - token[None, :]
+        seen = (behind >= 0) & (behind < window) & exists[None, :]
+        scores = tl.where(seen, scores * _LOG2E, float("-inf"))
+        risen = tl.maximum(highest, tl.max(scores, 1))
+        floor = tl.where(risen == float("-inf"), 0.0, risen)  # rows that see nothing yet
+        fade = tl.exp2(highest - floor)
+        p = tl.exp2(scores - floor[:, None])
+        v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        total = total * fade + tl.sum(p, 1)
+        highest = risen
+    joined = acc / tl.where(total > 0, total, 1.0)[:, None]
+    target = out + at_row * out_row + head * DIM + dim[None, :]
+    tl.store(target, joined.to(out.dtype.element_ty), valid)
+
+
+def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Put key and value [rows, kv_heads, dim] into a layer's pages at `slots` [rows].
+
+    keys and values are views [pages, tokens, kv_heads, dim] of the pool.
+    """
+    rows, heads, dim = key.shape
+    _write[(rows,)](
+        key, value, keys, values, slots,
+        key.stride(0), value.stride(0), keys.stride(0), keys.shape[1],
+        heads, dim, triton.next_power_of_2(heads * dim), key.stride(1), value.stride(1),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    *,
+    scaling: float,
+    window: int,
+    softcap: float,
+    splits: int,
+) -> None:
+    """Attend one row of each sequence over its pages.
+
+    query and out are [rows, heads, dim]; tables [sequences, pages], rows and lengths [sequences]
+    are int32 on the device. softcap 0 means none.
+    """
+    sequences, heads, dim = len(rows), query.shape[1], query.shape[2]
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    partial = torch.empty(sequences, heads, splits, dim, dtype=torch.float32, device=query.device)
+    weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    _decode[(sequences, kv_heads, splits)](
+        query, keys, values, tables, rows, lengths, partial, weights,
+        query.stride(0), query.stride(1), keys.stride(0), tables.stride(0),
+        scaling, softcap, window,
+        keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
+        dim, padded_dim, 64, splits, softcap > 0,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _reduce[(sequences, heads)](
+        partial, weights, rows, out, out.stride(0), heads, dim, padded_dim, splits, num_warps=4
+    )
+
+
+def attend_chunks(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    sequences: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    *,
+    longest: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attend the rows of `sequences` [chunks], of which the longest has `longest` rows.
+
+    query and out are [rows, heads, dim]; starts [all sequences + 1] and lengths [all sequences].
+    """
+    heads, dim = query.shape[1], query.shape[2]
+    kv_heads = keys.shape[2]
+    rows = 128 if longest > 64 else 64
+    _chunk[(triton.cdiv(longest, rows), heads, len(sequences))](
+        query, keys, values, tables, sequences, starts, lengths, out,
+        query.stride(0), query.stride(1), out.stride(0), keys.stride(0), tables.stride(0),
+        scaling, softcap, window,
+        keys.shape[1], kv_heads, heads // kv_heads,
+        dim, max(16, triton.next_power_of_2(dim)), rows, 64, softcap > 0,
+        num_warps=8 if rows == 128 else 4, num_stages=3,
+    )  # fmt: skip
