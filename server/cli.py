@@ -30,7 +30,7 @@ from server import __version__
 from server.config import Settings
 from server.engine.assembly import EngineConfigError
 from server.engine.detokenize import UnknownDecoderError
-from server.lifecycle import Server
+from server.lifecycle import AddressError, Server, bind
 from server.startup import SettingsError, Started, start
 
 USER_ERRORS = (
@@ -42,6 +42,7 @@ USER_ERRORS = (
     EngineConfigError,
     UnknownDecoderError,
     SettingsError,
+    AddressError,
 )
 
 app = typer.Typer(
@@ -109,18 +110,17 @@ def serve(**given: Any) -> None:
             server.engine_died()
 
     try:
+        address = bind(settings.host, settings.port)  # a port that is taken is said at once
         with progress_bars() as progress:
             started = _on_passing_thread(lambda: start(settings, progress, on_death))
     except USER_ERRORS as error:
         raise _fail(str(error)) from None
     server = Server(
         started,
-        host=settings.host,
-        port=settings.port,
         drain_timeout=settings.drain_timeout,
         when_up=lambda url: _greet(url, started),
     )
-    server.run()
+    server.run([address])
     raise typer.Exit(server.exit_status)
 
 

@@ -27,6 +27,26 @@ _CLOSE_CONNECTIONS = 5
 """Seconds for open connections to close once nothing runs."""
 
 
+class AddressError(ValueError):
+    """The address cannot be listened on."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that holds an address without listening yet.
+
+    Raises:
+        AddressError: the port is taken, or the host is none of this machine's.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise AddressError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    return bound
+
+
 class Server(uvicorn.Server):
     """uvicorn with draining, and an exit status that tells how it went."""
 
@@ -34,8 +54,6 @@ class Server(uvicorn.Server):
         self,
         started: Started,
         *,
-        host: str,
-        port: int,
         drain_timeout: float,
         when_up: Callable[[str], None],
     ) -> None:
@@ -43,8 +61,6 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 started.app,
-                host=host,
-                port=port,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_CLOSE_CONNECTIONS,

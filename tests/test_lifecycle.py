@@ -1,0 +1,58 @@
+"""How the server process ends. Draining is tested with the API."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import httpx
+
+from tests.live import LiveServer
+
+
+def test_a_dead_engine_is_told_to_clients_and_orchestrators_and_ends_the_process() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.dying_server"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    server = LiveServer(process)
+    server.wait_until_up()
+    with server.client() as client:
+        assert client.get("/health").status_code == 200
+        answer = client.post(
+            "/v1/completions", json={"prompt": "On and on", "max_tokens": 1000, "ignore_eos": True}
+        )
+        assert answer.status_code == 500
+        assert "broken on purpose" in answer.json()["error"]["message"]
+        assert client.get("/health").status_code == 503
+    assert process.wait(30) == 1
+
+
+def test_a_port_that_is_taken_is_one_sentence_and_a_failure(live: LiveServer) -> None:
+    port = str(httpx.URL(live.url).port)
+    run = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 1
+    assert run.stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_a_mistake_in_the_settings_is_one_sentence() -> None:
+    for options, sentence in [
+        (["--port", "99999"], "--port: Input should be less than or equal to 65535"),
+        (["--kv-cache-memory", "lots"], "'lots' is not a size"),
+        (["--variant", "light"], "--variant 'light' must be NAME=DROP"),
+        (["--model", "no/such.gguf"], "there is no GGUF file"),
+    ]:
+        run = subprocess.run(
+            [sys.executable, "-m", "server.cli", "serve", *options], capture_output=True, text=True
+        )
+        assert run.returncode == 1
+        assert sentence in run.stderr
+        assert "Traceback" not in run.stderr
+        assert len(run.stderr.splitlines()) <= 2
