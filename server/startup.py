@@ -60,7 +60,7 @@ def start(
         base = replace(base, name=settings.served_model_name)
     plan, origin = find_plan(settings, base, progress)
     variants = make_variants(settings, plan)
-    engine = build_engine(base, variants, settings.engine, on_death)
+    engine = build_engine(base, variants, settings.engine(base.device), on_death)
     service = make_service(settings, base, plan, engine)
     app = create_app(
         service,

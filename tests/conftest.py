@@ -11,6 +11,12 @@ os.environ.setdefault(
     "ATTNDROP_CACHE_DIR", str(Path(__file__).parent.parent / "build" / "test-cache")
 )
 
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which is chosen when they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model

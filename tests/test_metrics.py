@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 from prometheus_client import Metric
@@ -24,12 +25,16 @@ IDLE = EngineStats(
     pool_bytes=1_000,
     variants=(VariantStats("full", 0, 0, 0, 0), VariantStats("pruned", 0, 0, 0, 0)),
     steps=0,
+    device_busy_seconds=0.0,
+    device_idle_seconds=0.0,
 )
 BUSY = EngineStats(
     alive=True,
     pool_bytes=1_000,
     variants=(VariantStats("full", 2, 1, 500, 3), VariantStats("pruned", 4, 0, 250, 0)),
     steps=77,
+    device_busy_seconds=40.0,
+    device_idle_seconds=2.5,
 )
 WHOLE = Timeline(arrived=10.0, first_scheduled=10.5, first_token=12.0, finished=15.0)
 
@@ -152,6 +157,8 @@ def test_the_engine_is_read_at_each_scrape() -> None:
     assert samples(metrics)[key("engine_steps_total")] == 0
     seen = samples(metrics)
     assert seen[key("engine_steps_total")] == 77
+    assert seen[key("device_busy_seconds_total")] == 40
+    assert seen[key("device_idle_seconds_total")] == 2.5
     assert seen[key("requests_running", variant="pruned")] == 4
     assert seen[key("requests_waiting", variant="full")] == 1
     assert seen[key("kv_cache_used_bytes", variant="full")] == 500
@@ -171,7 +178,7 @@ def test_what_a_variant_is() -> None:
 
 
 def test_a_dead_engine_and_an_empty_pool_still_render() -> None:
-    dead = EngineStats(alive=False, pool_bytes=0, variants=IDLE.variants, steps=5)
+    dead = replace(IDLE, alive=False, pool_bytes=0)
     seen = samples(build(lambda: dead))
     assert seen[key("engine_up")] == 0
     assert seen[key("kv_cache_utilization_ratio")] == 0
@@ -195,7 +202,7 @@ def test_variants_must_be_there_and_distinct(variants: tuple[VariantInfo, ...]) 
 
 
 def test_stats_about_other_variants_are_an_error() -> None:
-    stray = EngineStats(True, 10, (VariantStats("half", 0, 0, 0, 0),), steps=0)
+    stray = EngineStats(True, 10, (VariantStats("half", 0, 0, 0, 0),), 0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"\['half'\].*\['full', 'pruned'\]"):
         build(lambda: stray).render()
 
@@ -207,6 +214,8 @@ def test_openmetrics_is_answered_when_asked_for() -> None:
     assert body.endswith(b"# EOF\n")
     seen = by_labels(parse_openmetrics(body.decode()))  # type: ignore[no-untyped-call]
     assert seen[key("engine_steps_total")] == 77
+    assert seen[key("device_busy_seconds_total")] == 40
+    assert seen[key("device_idle_seconds_total")] == 2.5
     assert metrics.render("*/*")[1].startswith("text/plain; version=0.0.4")
 
 

@@ -6,18 +6,21 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pruning.families import context_limit, kv_shape
 from pruning.loading import BaseModel
+from pruning.projections import merge_projections
 from pruning.variants import Variants
-from server.engine.attention import AttentionBackend
 from server.engine.attention.sdpa import SdpaBackend
+from server.engine.compiling import compile_layers
 from server.engine.engine import Engine
 from server.engine.pages import PageLayout, PagePool, page_layout
-from server.engine.runner import Runner
+from server.engine.runner import ModelRunner
 from server.engine.scheduler import Limits, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,10 @@ CPU_CEILING = 4 << 30
 """... up to this many bytes."""
 CUDA_SHARE = 0.9
 """Share of the device memory left after loading the model."""
+WARM_ROWS = 32
+"""Decode steps of one variant are recorded at start up to this many rows."""
+
+AttentionChoice = Literal["auto", "sdpa", "paged"]
 
 
 class EngineConfigError(ValueError):
@@ -38,11 +45,21 @@ class EngineConfigError(ValueError):
 class EngineConfig:
     """What may be chosen about an engine."""
 
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits | None = None
+    """None takes those of the device."""
     kv_cache_bytes: int | None = None
     """Bytes of page pool; None takes a share of the free memory."""
     context: int | None = None
     """Longest sequence in tokens; None takes the model's own limit."""
+    attention: AttentionChoice = "auto"
+    """`auto` takes the fastest backend that the device allows."""
+    enforce_eager: bool = False
+    """No compiled layers and no recorded steps: starts sooner, decodes slower on a GPU."""
+
+
+def default_limits(device: torch.device) -> Limits:
+    """Return the limits that suit a device."""
+    return Limits(tokens_per_step=2048, running=256) if device.type == "cuda" else Limits()
 
 
 def build_engine(
@@ -54,42 +71,97 @@ def build_engine(
     """Make an engine, not started yet.
 
     Raises:
-        EngineConfigError: the context is longer than the model's, or the pool holds no sequence.
+        EngineConfigError: the context is longer than the model's, the pool holds no sequence, or
+            the attention backend does not run here.
     """
     shape = kv_shape(base.model.config)
+    limits = config.limits or default_limits(base.device)
     context = _context(base, config)
-    dtype = base.model.dtype
     elements = shape.bytes_per_token(1)
     layout = page_layout([len(group.layers) for group in variants.groups], elements)
-    page_bytes = layout.page_elements * dtype.itemsize
+    page_bytes = layout.page_elements * base.model.dtype.itemsize
     pages = (config.kv_cache_bytes or _default_pool_bytes(base.device)) // page_bytes
-    scheduler = Scheduler(config.limits, variants, layout, PagePool(pages))
+    scheduler = Scheduler(limits, variants, layout, PagePool(pages))
     smallest = min(scheduler.capacity(variant.name) for variant in variants)
     if smallest < min(context, layout.tokens_per_page[0]):
         raise EngineConfigError(
             f"a KV cache of {pages * page_bytes} bytes holds {pages} pages of {page_bytes} bytes, "
             "too few for a single sequence; raise --kv-cache-memory"
         )
-    pool = torch.zeros(pages, layout.page_elements, dtype=dtype, device=base.device)
-    runner = Runner(base, pool, make_backend(pool, layout, variants, shape.kv_heads))
+    pool = torch.zeros(pages, layout.page_elements, dtype=base.model.dtype, device=base.device)
+    choice = choose_attention(config.attention, pool)
+    make = _paged_runner if choice == "paged" else _sdpa_runner
+    runner = make(base, variants, config, layout, pool, limits, context)
     return Engine(scheduler, runner, variants, layout, context, on_death)
 
 
-def make_backend(
-    pool: torch.Tensor, layout: PageLayout, variants: Variants, kv_heads: int
-) -> AttentionBackend:
-    """Return the fastest attention backend that the pool's device and dtype allow, and log it."""
-    device = pool.device
-    if device.type != "cuda" or pool.dtype.itemsize != 2:
-        logger.info("attention backend: sdpa (device %s, %s)", device.type, pool.dtype)
-        return SdpaBackend(pool, layout, variants, kv_heads)
-    if importlib.util.find_spec("triton") is None:
-        logger.warning("attention backend: sdpa, slow on a GPU; `paged` needs the package triton")
-        return SdpaBackend(pool, layout, variants, kv_heads)
-    from server.engine.attention.paged import PagedBackend  # Triton exists on GPU machines only
+def choose_attention(wanted: AttentionChoice, pool: Tensor) -> AttentionChoice:
+    """Return the backend to use for a page pool, and log it.
 
-    logger.info("attention backend: paged (Triton)")
-    return PagedBackend(pool, layout, variants, kv_heads)
+    Raises:
+        EngineConfigError: the wanted backend does not run here.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if wanted == "paged" and not has_triton:
+        raise EngineConfigError("--attention-backend paged needs the package triton")
+    on_gpu = pool.device.type == "cuda" and pool.dtype.itemsize == 2
+    if wanted == "auto" and on_gpu and not has_triton:
+        logger.warning("without the package triton, attention is slow on a GPU")
+    choice = wanted if wanted != "auto" else ("paged" if on_gpu and has_triton else "sdpa")
+    logger.info("attention backend: %s (%s, %s)", choice, pool.device.type, pool.dtype)
+    return choice
+
+
+def _sdpa_runner(
+    base: BaseModel,
+    variants: Variants,
+    config: EngineConfig,
+    layout: PageLayout,
+    pool: Tensor,
+    limits: Limits,
+    context: int,
+) -> ModelRunner:
+    backend = SdpaBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)
+    last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
+    overlaps = pool.device.type == "cuda"
+    return ModelRunner(base.model, pool, backend, backend, last_tokens, overlaps=overlaps)
+
+
+def _paged_runner(
+    base: BaseModel,
+    variants: Variants,
+    config: EngineConfig,
+    layout: PageLayout,
+    pool: Tensor,
+    limits: Limits,
+    context: int,
+) -> ModelRunner:
+    """Return a runner on pages; unless eager, with compiled layers and recorded decode steps."""
+    # Triton exists on GPU machines only.
+    from server.engine.attention.operator import OperatorAttend
+    from server.engine.attention.paged import PagedBackend
+    from server.engine.graphs import DecodeGraphs
+
+    backend = PagedBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)
+    if config.enforce_eager:
+        last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
+        return ModelRunner(base.model, pool, backend, backend, last_tokens, overlaps=True)
+    if pool.device.type == "cuda":
+        merge_projections(base.model)
+        compile_layers(base.model)
+    attend = OperatorAttend(backend)
+    graphs = DecodeGraphs(
+        base.model,
+        attend,
+        backend,
+        variants,
+        pages=len(pool),
+        most_rows=limits.running,
+        vocabulary=int(base.model.config.get_text_config().vocab_size),
+        context=context,
+    )
+    graphs.warm_up(min(limits.running, WARM_ROWS))
+    return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

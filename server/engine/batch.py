@@ -10,6 +10,7 @@ numpy only: the runner moves the arrays to its device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,10 @@ class GroupRows:
 
     sequences: int
     rows: int
-    block_table: Ints
-    """[sequences, pages] page ids, padded with 0."""
+    pages: NDArray[np.int32]
+    """The sequences' block tables one after the other: page ids."""
+    table_starts: Ints
+    """[sequences + 1] where each sequence's block table starts in `pages`."""
     slots: Ints
     """[rows] where each row's key and value go: page id x tokens per page + place in the page."""
 
@@ -43,6 +46,8 @@ class SamplingRow:
     params: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
+    generated: int
+    """Tokens before this one, the pending one, which `output` lacks, included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,15 @@ class Batch:
     sequences: tuple[Scheduled, ...]
     token_ids: Ints
     """[rows]"""
+    sources: Ints
+    """[rows] where the token is still on the device: its place among those that the step in
+    flight samples; else -1."""
     positions: Ints
     """[rows]"""
     query_starts: Ints
     """[sequences + 1] first row of each sequence."""
+    variant_sequences: tuple[int, ...]
+    """How many sequences each variant has, in the variants' order."""
     lengths: Ints
     """[sequences] tokens with keys and values after this step."""
     attending_rows: tuple[int, ...]
@@ -88,19 +98,23 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
     owner = np.repeat(np.arange(len(sequences)), counts)
     positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
     token_ids = [t for s in sequences for t in s.request.tokens(s.start, s.start + s.count)]
+    sources = np.full(len(owner), -1, dtype=np.int64)
+    for row, s in zip(query_starts[1:] - 1, sequences, strict=True):
+        if s.request.pending is not None and s.samples:
+            sources[row] = s.request.pending
     groups = tuple(
         _group_rows(index, sequences, variants, layout, owner, positions)
         for index in range(len(variants.groups))
     )
-    sampled = tuple(
-        i for i, s in enumerate(sequences) if s.completes and s.request.params.max_tokens > 0
-    )
+    sampled = tuple(i for i, s in enumerate(sequences) if s.samples)
     score_rows, scored = _scored_rows(sequences, query_starts)
     return Batch(
         sequences=sequences,
         token_ids=np.array(token_ids, dtype=np.int64),
+        sources=sources,
         positions=positions,
         query_starts=query_starts,
+        variant_sequences=_variant_sequences(sequences, variants),
         lengths=starts + counts,
         attending_rows=_attending_rows(variants, groups),
         groups=groups,
@@ -109,6 +123,11 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         sampling=tuple(_sampling_row(sequences[i]) for i in sampled),
         scored=scored,
     )
+
+
+def _variant_sequences(sequences: Sequence[Scheduled], variants: Variants) -> tuple[int, ...]:
+    counts = Counter(s.request.variant for s in sequences)
+    return tuple(counts[variant.name] for variant in variants)
 
 
 def _group_rows(
@@ -122,13 +141,13 @@ def _group_rows(
     who = variants.groups[index].variants
     attending = [s.request for s in sequences if s.request.variant in who]
     tables = [request.pages[index] for request in attending]
-    block_table = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int64)
-    for row, table in enumerate(tables):
-        block_table[row, : len(table)] = table
+    pages = np.frombuffer(b"".join(tables), dtype=np.int32)
+    table_starts = np.cumsum([0, *map(len, tables)])
     rows = int(np.searchsorted(owner, len(attending)))
     tokens = layout.tokens_per_page[index]
-    pages = block_table[owner[:rows], positions[:rows] // tokens]
-    return GroupRows(len(attending), rows, block_table, pages * tokens + positions[:rows] % tokens)
+    places = positions[:rows]
+    page = pages[table_starts[owner[:rows]] + places // tokens].astype(np.int64)
+    return GroupRows(len(attending), rows, pages, table_starts, page * tokens + places % tokens)
 
 
 def _attending_rows(variants: Variants, groups: Sequence[GroupRows]) -> tuple[int, ...]:
@@ -161,4 +180,4 @@ def _scored_rows(
 
 def _sampling_row(scheduled: Scheduled) -> SamplingRow:
     request = scheduled.request
-    return SamplingRow(request.params, request.prompt, request.output)
+    return SamplingRow(request.params, request.prompt, request.output, request.num_generated)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 import torch
@@ -28,8 +28,9 @@ from server.engine.request import (
     PromptScored,
     Request,
     TokenEvent,
+    TokenLogprobs,
 )
-from server.engine.runner import Runner, StepResult
+from server.engine.runner import Launched, Runner, StepResult
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.stats import EngineStats, VariantInfo, VariantStats
 
@@ -75,6 +76,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._preemptions = {variant.name: 0 for variant in variants}
         self._steps = 0
+        self._in_flight: Launched | None = None
         self._alive = True
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -130,6 +132,8 @@ class Engine:
                 for variant in self.variants
             ),
             steps=self._steps,
+            device_busy_seconds=self._runner.device_time.busy,
+            device_idle_seconds=self._runner.device_time.idle,
         )
 
     def describe(self) -> tuple[VariantInfo, ...]:
@@ -186,18 +190,27 @@ class Engine:
 
     def _take_commands(self) -> None:
         """Run the commands that are there; wait for one if there is nothing else to do."""
-        if not self._scheduler.has_work and not self._stopping:
+        idle = not self._scheduler.has_work and self._in_flight is None
+        if idle and not self._stopping:
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
 
     def _step(self) -> None:
+        """Launch the next step, then commit the one before it.
+
+        Where the device runs on its own, it computes step n + 1 while step n is committed::
+
+            device   [ step n ][ step n + 1 ][ step n + 2 ]
+            here     schedule n + 1  commit n | schedule n + 2  commit n + 1
+        """
         step = self._schedule()
-        if not step:
-            return
-        for batch, result in self._results(step):
-            self._commit(batch, result)
-        self._steps += 1
+        launched = self._launch(step) if step else None
+        if self._in_flight is not None:
+            self._commit(self._in_flight)
+        self._in_flight = launched
+        if launched is not None and not self._runner.overlaps:
+            self._commit_in_flight()
 
     def _schedule(self) -> tuple[Scheduled, ...]:
         step = self._scheduler.schedule()
@@ -209,39 +222,59 @@ class Engine:
                 scheduled.request.first_scheduled = now
         return step
 
-    def _results(self, step: Sequence[Scheduled]) -> Iterator[tuple[Batch, StepResult]]:
-        """Compute a step. If it fails, compute its requests one by one, to end only the guilty."""
+    def _launch(self, step: Sequence[Scheduled]) -> Launched | None:
+        """Start computing a step. If that fails, compute its requests one by one, to end only the
+        guilty."""
         try:
-            batch = build_batch(step, self.variants, self._layout)
-            result = self._runner.run(batch)
+            launched = self._runner.launch(build_batch(step, self.variants, self._layout))
         except torch.AcceleratorError:
             raise  # the device is lost, and with it every request
         except Exception as error:
-            if len(step) == 1:
-                logger.exception("request %s failed", step[0].request.id)
-                self._end(step[0].request, FinishReason.ERROR, str(error) or repr(error))
-                return
-            for scheduled in step:
-                yield from self._results([scheduled])
-            return
-        yield batch, result
+            self._commit_in_flight()
+            self._launch_apart(step, error)
+            return None
+        self._steps += 1
+        _advance(launched.batch)
+        return launched
 
-    def _commit(self, batch: Batch, result: StepResult) -> None:
-        """Record what was computed and tell the requests."""
+    def _launch_apart(self, step: Sequence[Scheduled], error: Exception) -> None:
+        """Compute each request of a failed step by itself, as far as it has not ended."""
+        if len(step) == 1:
+            logger.error("request %s failed", step[0].request.id, exc_info=error)
+            self._end(step[0].request, FinishReason.ERROR, str(error) or repr(error))
+            return
+        for scheduled in step:
+            if scheduled.request.id in self._requests:
+                self._in_flight = self._launch([scheduled])
+                self._commit_in_flight()
+
+    def _commit_in_flight(self) -> None:
+        if self._in_flight is not None:
+            self._commit(self._in_flight)
+            self._in_flight = None
+
+    def _commit(self, launched: Launched) -> None:
+        """Wait for a step, record what it computed and tell the requests that still listen."""
+        batch, result = launched.batch, launched.result()
         now = time.monotonic()
-        for scheduled in batch.sequences:
-            scheduled.request.num_computed_tokens += scheduled.count
         self._commit_scores(batch, result)
-        for index, token, logprobs in zip(
-            batch.sampled, result.tokens, result.logprobs, strict=True
-        ):
+        for place, index in enumerate(batch.sampled):
             request = batch.sequences[index].request
-            request.output.append(token)
-            request.first_token = request.first_token or now
-            request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
+            if request.pending == place:
+                request.pending = None
+            if request.id in self._requests:
+                self._commit_token(request, result.tokens[place], result.logprobs[place], now)
         for scheduled in batch.sequences:
-            if reason := _finish_reason(scheduled.request):
-                self._end(scheduled.request, reason)
+            request = scheduled.request
+            if request.id in self._requests and (reason := _finish_reason(request)):
+                self._end(request, reason)
+
+    def _commit_token(
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float
+    ) -> None:
+        request.output.append(token)
+        request.first_token = request.first_token or now
+        request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
 
     def _commit_scores(self, batch: Batch, result: StepResult) -> None:
         for index, scheduled in enumerate(batch.sequences):
@@ -250,7 +283,7 @@ class Engine:
                 for row, logprobs in zip(batch.scored, result.prompt_logprobs, strict=True)
                 if row.sequence == index
             )
-            if scores:
+            if scores and scheduled.request.id in self._requests:
                 scheduled.request.num_scored_tokens += len(scores)
                 scheduled.request.sink.put(PromptScored(scores))
 
@@ -285,6 +318,15 @@ class Engine:
         for request in self._requests.values():
             request.sink.put(Ended(reason, request.timeline(now), error))
         self._requests.clear()
+
+
+def _advance(batch: Batch) -> None:
+    """Note that a step is on its way: what it computes, and which tokens it will bring."""
+    for scheduled in batch.sequences:
+        scheduled.request.num_computed_tokens = scheduled.start + scheduled.count
+        scheduled.request.pending = None
+    for place, index in enumerate(batch.sampled):
+        batch.sequences[index].request.pending = place
 
 
 def _finish_reason(request: Request) -> FinishReason | None:

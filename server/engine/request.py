@@ -6,6 +6,7 @@ mutable record. Plain Python: no tensors, no HTTP, no text.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -115,9 +116,12 @@ class Request:
     arrived: float
 
     output: list[int] = field(default_factory=list)
+    pending: int | None = None
+    """Set while the next token is sampled but not known here yet: its place among the tokens of
+    the step in flight."""
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the request's pages."""
-    pages: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens whose keys and values are in the request's pages, the step in flight included."""
+    pages: dict[int, array[int]] = field(default_factory=dict)
     """Layer group to block table: the page ids that hold tokens 0, 1, ... in order."""
     num_scored_tokens: int = 0
     """Prompt tokens whose log probabilities were reported, so that none is reported twice."""
@@ -126,13 +130,26 @@ class Request:
     preemptions: int = 0
 
     @property
+    def num_generated(self) -> int:
+        """Tokens generated so far, the pending one included."""
+        return len(self.output) + (self.pending is not None)
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + self.num_generated
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are not computed yet."""
+        """Tokens that are not computed yet."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a step may compute it now. Penalties need to know every token before the next;
+        what has all its tokens only waits for the last one to arrive."""
+        if self.pending is None:
+            return True
+        return not self.params.uses_penalties and self.num_generated < self.params.max_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -142,17 +159,14 @@ class Request:
             and self.num_scored_tokens < len(self.prompt) - 1
         )
 
-    def token(self, position: int) -> int:
-        if position < len(self.prompt):
-            return self.prompt[position]
-        return self.output[position - len(self.prompt)]
-
     def tokens(self, start: int, end: int) -> list[int]:
-        """Return the tokens at positions start to end - 1."""
-        prompt = len(self.prompt)
-        if end <= prompt:
-            return list(self.prompt[start:end])
-        return list(self.prompt[start:]) + self.output[max(0, start - prompt) : end - prompt]
+        """Return the tokens at positions start to end - 1; 0 stands for the pending one."""
+        prompt, known = len(self.prompt), len(self.prompt) + len(self.output)
+        tokens = [
+            *self.prompt[start:end],
+            *self.output[max(0, start - prompt) : max(0, end - prompt)],
+        ]
+        return tokens if end <= known else [*tokens, 0]
 
     def timeline(self, now: float) -> Timeline:
         return Timeline(self.arrived, self.first_scheduled, self.first_token, now)

@@ -2,20 +2,37 @@
 
 Owns everything on the device: the wrapped model, the page pool, the attention backend. Used from
 the engine thread alone. Knows nothing of queues or streams.
+
+`launch` only queues work on a device that computes on its own. The tokens stay there and feed the
+next step, which may be launched before they are read::
+
+    last tokens   [ 17 | 4 | 250 | ... ]      written at the end of a step
+    next step     row 0 from place 2, row 1 given by the host, ...
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pruning.loading import BaseModel
+from pruning.attention import Attend
 from server.engine.attention import AttentionBackend
 from server.engine.batch import Batch
+from server.engine.device_time import DeviceTime, Span
 from server.engine.request import TokenLogprobs
-from server.engine.sampling import generated_logprobs, prompt_logprobs, sample
+from server.engine.sampling import (
+    Scores,
+    generated_scores,
+    is_plain_greedy,
+    prompt_scores,
+    sample,
+)
+from server.engine.transfer import download, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,40 +47,178 @@ class StepResult:
     """One for each of the batch's `scored`."""
 
 
-class Runner:
-    """Runs batches on one model."""
+class Launched(Protocol):
+    """A step that is being computed."""
 
-    def __init__(self, base: BaseModel, pool: Tensor, attend: AttentionBackend) -> None:
-        """pool is [pages, page_elements], the memory that `attend` works on."""
-        self._model = base.model
+    batch: Batch
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it computed. To be called once."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs batches, one after the other, on one model."""
+
+    overlaps: bool
+    """Whether `launch` returns while the device still computes, so that the next step may be
+    launched before this one's result is read."""
+    device_time: DeviceTime
+
+    @property
+    def pool_bytes(self) -> int: ...
+
+    def launch(self, batch: Batch) -> Launched:
+        """Start computing a batch: keys and values into their pages, and its new tokens."""
+        ...
+
+
+class DecodeGraphs(Protocol):
+    """Steps of single rows that were recorded once and are replayed."""
+
+    logits: Tensor
+    """[places, vocabulary] of the last replay."""
+
+    def replay(self, batch: Batch, sources: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Compute a batch, leave its most likely tokens in the last tokens and return the place of
+        each sequence there; None if there is no graph for such a batch."""
+        ...
+
+
+class ModelRunner:
+    """Runs the model's own modules, on any device; single rows by recorded graphs if there are."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        pool: Tensor,
+        backend: AttentionBackend,
+        attend: Attend,
+        last_tokens: Tensor,
+        graphs: DecodeGraphs | None = None,
+        *,
+        overlaps: bool,
+    ) -> None:
+        """pool is [pages, page_elements], the memory that `backend` works on; `attend` is what the
+        model is given, `backend` itself or what stands for it; last_tokens has a place for every
+        request that may run."""
+        self.overlaps = overlaps
+        self.device_time = DeviceTime()
+        self._model = model
         self._pool = pool
+        self._backend = backend
         self._attend = attend
+        self._last_tokens = last_tokens
+        self._graphs = graphs
+        self._places = np.empty(0, dtype=np.int64)
+        self._newest: _Step | None = None
 
     @property
     def pool_bytes(self) -> int:
         return self._pool.numel() * self._pool.element_size()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepResult:
-        """Compute a batch: keys and values into their pages, and its new tokens."""
-        self._attend.prepare(batch)
-        logits = self._logits(batch)
+    def launch(self, batch: Batch) -> Launched:
+        span = self._span()
+        sources = self._sources(batch)
+        places = None if self._graphs is None else self._graphs.replay(batch, sources)
+        step = self._eager(batch, sources) if places is None else self._replayed(batch, places)
+        if span is not None:
+            span.close()
+        step.span, step.device_time = span, self.device_time
+        self._places, self._newest = step.places, step
+        return step
+
+    def _span(self) -> Span | None:
+        if self._pool.device.type != "cuda":
+            return None
+        unread = self._newest is not None and not self._newest.was_read
+        return Span(self._newest.span if self._newest is not None and unread else None)
+
+    def _sources(self, batch: Batch) -> NDArray[np.int64]:
+        """Return for each row the place of its token among the last tokens, or -1."""
+        sources = batch.sources
+        if not len(self._places):
+            return sources
+        return np.where(sources >= 0, self._places[sources], -1)
+
+    def _eager(self, batch: Batch, sources: NDArray[np.int64]) -> _Step:
+        self._backend.prepare(batch)
+        logits = self._logits(batch, sources)
         count = len(batch.sampled)
         tokens = sample(logits[:count], batch.sampling)
-        return StepResult(
-            tuple(tokens),
-            tuple(generated_logprobs(logits[:count], batch.sampling, tokens)),
-            tuple(prompt_logprobs(logits[count:], batch.scored)),
+        self._last_tokens[:count] = tokens
+        return _Step(
+            batch,
+            np.arange(count),
+            download(tokens),
+            generated_scores(logits[:count], batch.sampling, tokens),
+            prompt_scores(logits[count:], batch.scored),
         )
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _replayed(self, batch: Batch, places: NDArray[np.int64]) -> _Step:
+        places = places[list(batch.sampled)]
+        scores = None
+        if self._graphs is not None and not all(map(is_plain_greedy, batch.sampling)):
+            index = upload(places, torch.long, self._pool.device)
+            logits = self._graphs.logits[index].float()
+            tokens = sample(logits, batch.sampling)
+            self._last_tokens[index] = tokens
+            scores = generated_scores(logits, batch.sampling, tokens)
+        end = places.max(initial=-1) + 1
+        return _Step(batch, places, download(self._last_tokens[:end]), scores, None)
+
+    def _logits(self, batch: Batch, sources: NDArray[np.int64]) -> Tensor:
         """Return the logits of the rows that need them, [logit rows, vocabulary], in float32."""
         device = self._pool.device
+        ids = upload(batch.token_ids, torch.long, device)
+        if (sources >= 0).any():
+            ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
         output = self._model(
-            torch.as_tensor(batch.token_ids, device=device)[None],
-            position_ids=torch.as_tensor(batch.positions, device=device)[None],
+            ids[None],
+            position_ids=upload(batch.positions, torch.long, device)[None],
             attend=self._attend,
             attending_rows=batch.attending_rows,
-            logits_to_keep=torch.as_tensor(batch.logit_rows, device=device),
+            logits_to_keep=upload(batch.logit_rows, torch.long, device),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
+
+
+def known_tokens(given: Tensor, sources: Tensor, last_tokens: Tensor) -> Tensor:
+    """Return the rows' tokens: the given ones, and where a source is not -1 the last tokens'."""
+    return torch.where(sources >= 0, last_tokens[sources.clamp(min=0)], given)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A launched step, whose results are on their way to the host."""
+
+    batch: Batch
+    places: NDArray[np.int64]
+    """Of each sampled token in `tokens`."""
+    tokens: Tensor
+    generated: Scores | None
+    prompt: Scores | None
+    span: Span | None = None
+    device_time: DeviceTime | None = None
+    was_read: bool = False
+
+    def result(self) -> StepResult:
+        self._wait()
+        tokens = self.tokens.numpy()[self.places].tolist()
+        generated = iter(() if self.generated is None else self.generated.read())
+        return StepResult(
+            tokens=tuple(tokens),
+            logprobs=tuple(
+                None if row.params.logprobs is None else next(generated)
+                for row in self.batch.sampling
+            ),
+            prompt_logprobs=() if self.prompt is None else tuple(self.prompt.read()),
+        )
+
+    def _wait(self) -> None:
+        if self.span is not None and self.device_time is not None:
+            self.span.wait()
+            self.device_time.add(self.span)
+            self.span.before = None  # its marks are counted; keep no chain of steps
+        self.was_read = True

@@ -3,80 +3,106 @@
 Every row draws one uniform number from a hash of its request's seed and the number of tokens it
 has generated, so a request's text depends neither on its neighbours in the batch nor on being
 preempted. The order of operations is vLLM's: bias and bans, penalties, temperature, min_p, top_k,
-top_p. Knows tensors and `SamplingParams`, nothing of pages or variants.
+top_p. Knows tensors and `SamplingParams`, nothing of pages or variants. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.engine.batch import SamplingRow, ScoredRow
 from server.engine.request import TokenLogprobs
+from server.engine.transfer import download, upload
 
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Return one token id per row. logits is [rows, vocabulary] in float32 and is kept."""
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Return one token id per row, [rows] on the device of the logits.
+
+    logits is [rows, vocabulary] in float32 and is kept.
+    """
     if not rows:
-        return []
+        return torch.empty(0, dtype=torch.long, device=logits.device)
     adjusted = _adjusted(logits, rows)
     tokens = adjusted.argmax(dim=-1)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:
         chosen = [rows[i] for i in random]
-        index = torch.tensor(random, device=logits.device)
+        index = _index(random, logits)
         tokens[index] = _draw(_probabilities(adjusted[index], chosen), chosen)
-    return tokens.tolist()
+    return tokens
 
 
-def generated_logprobs(
-    logits: Tensor, rows: Sequence[SamplingRow], tokens: Sequence[int]
-) -> list[TokenLogprobs | None]:
-    """Return the log probabilities of sampled tokens for the rows that report them.
+def is_plain_greedy(row: SamplingRow) -> bool:
+    """Whether the row's token is simply the most likely one, with nothing else to report."""
+    params = row.params
+    return params.temperature == 0 and params.logprobs is None and not _is_adjusted(row)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log probabilities of some rows, in host memory once the device has got there."""
+
+    tokens: Tensor
+    """[rows]"""
+    own: Tensor
+    """[rows] log probability of the token."""
+    ids: Tensor
+    """[rows, alternatives] the most likely tokens, best first."""
+    values: Tensor
+    """[rows, alternatives]"""
+    alternatives: tuple[int, ...]
+    """How many of them each row reports."""
+
+    def read(self) -> list[TokenLogprobs]:
+        rows = zip(
+            self.tokens.tolist(), self.own.tolist(), self.ids.tolist(), self.values.tolist(),
+            self.alternatives, strict=True,
+        )  # fmt: skip
+        return [
+            TokenLogprobs(token, own, tuple(zip(ids[:count], values[:count], strict=True)))
+            for token, own, ids, values, count in rows
+        ]
+
+
+def generated_scores(logits: Tensor, rows: Sequence[SamplingRow], tokens: Tensor) -> Scores | None:
+    """Return the scores of the sampled tokens of those rows that report them.
 
     They are those of the model's own distribution, before bias, penalties and temperature.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    found: list[TokenLogprobs | None] = [None] * len(rows)
-    scored = score(
-        logits[wanted],
-        [tokens[i] for i in wanted],
-        [rows[i].params.logprobs or 0 for i in wanted],
-    )
-    for i, logprobs in zip(wanted, scored, strict=True):
-        found[i] = logprobs
-    return found
+    index = _index(wanted, logits)
+    alternatives = [rows[i].params.logprobs or 0 for i in wanted]
+    return score(logits[index], tokens[index], alternatives) if wanted else None
 
 
-def prompt_logprobs(logits: Tensor, rows: Sequence[ScoredRow]) -> list[TokenLogprobs]:
-    """Return the log probability of each scored prompt token."""
-    return score(logits, [row.token for row in rows], [row.alternatives for row in rows])
+def prompt_scores(logits: Tensor, rows: Sequence[ScoredRow]) -> Scores | None:
+    """Return the scores of prompt tokens, one for each row."""
+    tokens = _index([row.token for row in rows], logits)
+    return score(logits, tokens, [row.alternatives for row in rows]) if rows else None
 
 
-def score(
-    logits: Tensor, tokens: Sequence[int], alternatives: Sequence[int]
-) -> list[TokenLogprobs]:
+def score(logits: Tensor, tokens: Tensor, alternatives: Sequence[int]) -> Scores:
     """Return each row's log probability of its token and its most likely alternatives.
 
-    logits is [rows, vocabulary] in float32. A token that is among the alternatives has the
-    identical float there.
+    logits is [rows, vocabulary] in float32, tokens [rows]. A token that is among the alternatives
+    has the identical float there.
     """
-    if not tokens:
-        return []
     logprobs = torch.log_softmax(logits, dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    widest = max(alternatives)
-    values, ids = logprobs.topk(widest, dim=-1) if widest else (logprobs[:, :0],) * 2
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-        for token, logprob, row_ids, row_values, count in zip(
-            tokens, own, ids.tolist(), values.tolist(), alternatives, strict=True
-        )
-    ]
+    values, ids = logprobs.topk(max(alternatives), dim=-1)
+    return Scores(
+        tokens=download(tokens),
+        own=download(logprobs.gather(1, tokens[:, None])[:, 0]),
+        ids=download(ids),
+        values=download(values),
+        alternatives=tuple(alternatives),
+    )
 
 
 def uniform(seed: int, index: int) -> float:
@@ -103,9 +129,10 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     for i, row in enumerate(rows):
         if row.params.logit_bias:
             ids, bias = zip(*row.params.logit_bias.items(), strict=True)
-            logits[i, list(ids)] += torch.tensor(bias, device=logits.device, dtype=logits.dtype)
-        if len(row.output) < row.params.min_tokens:
-            logits[i, list(row.params.stop_token_ids)] = float("-inf")
+            logits[i].index_add_(0, _index(ids, logits), upload(bias, logits.dtype, logits.device))
+        if row.generated < row.params.min_tokens:
+            banned = _index(tuple(row.params.stop_token_ids), logits)
+            logits[i].index_fill_(0, banned, float("-inf"))
         if row.params.uses_penalties:
             _penalise(logits[i], row)
     return logits
@@ -113,7 +140,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _is_adjusted(row: SamplingRow) -> bool:
     params = row.params
-    banned = len(row.output) < params.min_tokens and bool(params.stop_token_ids)
+    banned = row.generated < params.min_tokens and bool(params.stop_token_ids)
     return bool(params.logit_bias) or banned or params.uses_penalties
 
 
@@ -123,13 +150,13 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
     Presence and frequency count generated tokens (OpenAI); repetition counts prompt tokens too
     (Keskar et al., arXiv 1909.05858).
     """
-    counts = torch.bincount(
-        torch.tensor(row.output, dtype=torch.long, device=logits.device), minlength=len(logits)
+    output = _index(row.output, logits)
+    counts = torch.zeros_like(logits).index_add_(
+        0, output, torch.ones_like(output, dtype=logits.dtype)
     )
     params = row.params
     if params.repetition_penalty != 1:
-        seen = counts > 0
-        seen[torch.tensor(row.prompt, dtype=torch.long, device=logits.device)] = True
+        seen = (counts > 0).index_fill_(0, _index(row.prompt, logits), True)
         factor = params.repetition_penalty
         penalised = torch.where(logits > 0, logits / factor, logits * factor)
         logits.copy_(torch.where(seen, penalised, logits))
@@ -138,16 +165,14 @@ def _penalise(logits: Tensor, row: SamplingRow) -> None:
 
 def _probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Return unnormalised probabilities after temperature and truncation, [rows, vocabulary]."""
-    device = logits.device
-    temperature = torch.tensor([row.params.temperature for row in rows], device=device)
+    temperature = _floats([row.params.temperature for row in rows], logits)
     probabilities = torch.softmax(logits / temperature[:, None], dim=-1)
-    min_p = torch.tensor([row.params.min_p for row in rows], device=device)
     if any(row.params.min_p > 0 for row in rows):
-        floor = min_p * probabilities.amax(dim=-1)
+        floor = _floats([row.params.min_p for row in rows], logits) * probabilities.amax(dim=-1)
         probabilities = probabilities.masked_fill(probabilities < floor[:, None], 0.0)
     truncated = [i for i, row in enumerate(rows) if row.params.top_p < 1 or row.params.top_k]
     if truncated:
-        index = torch.tensor(truncated, device=device)
+        index = _index(truncated, logits)
         probabilities[index] = _truncate(probabilities[index], [rows[i] for i in truncated])
     return probabilities
 
@@ -155,11 +180,11 @@ def _probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _truncate(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Zero all but the top_k tokens, then all but the smallest set that holds top_p of them."""
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    device, vocabulary = probabilities.device, probabilities.shape[1]
-    top_k = torch.tensor([row.params.top_k or vocabulary for row in rows], device=device)
-    beyond = torch.arange(vocabulary, device=device) >= top_k[:, None]
+    vocabulary = probabilities.shape[1]
+    top_k = _index([row.params.top_k or vocabulary for row in rows], probabilities)
+    beyond = torch.arange(vocabulary, device=probabilities.device) >= top_k[:, None]
     ordered = ordered.masked_fill(beyond, 0.0)
-    top_p = torch.tensor([row.params.top_p for row in rows], device=device)
+    top_p = _floats([row.params.top_p for row in rows], probabilities)
     before = ordered.cumsum(dim=-1) - ordered
     outside = before >= top_p[:, None] * ordered.sum(dim=-1, keepdim=True)
     outside[:, 0] = False
@@ -170,9 +195,16 @@ def _truncate(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw(probabilities: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Invert each row's distribution function at its own random number."""
     cumulative = probabilities.double().cumsum(dim=-1)
-    numbers = [uniform(row.params.seed, len(row.output)) for row in rows]
-    targets = torch.tensor(numbers, dtype=torch.float64, device=probabilities.device)
-    targets = targets[:, None] * cumulative[:, -1:]
+    numbers = [uniform(row.params.seed, row.generated) for row in rows]
+    targets = upload(numbers, torch.float64, probabilities.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp_(
         max=probabilities.shape[1] - 1
     )
+
+
+def _index(values: Sequence[int], beside: Tensor) -> Tensor:
+    return upload(values, torch.long, beside.device)
+
+
+def _floats(values: Sequence[float], beside: Tensor) -> Tensor:
+    return upload(values, torch.float32, beside.device)

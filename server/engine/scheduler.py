@@ -11,6 +11,7 @@ every page is free or in exactly one block table. Plain Python: no tensors, no c
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,11 +39,8 @@ class Scheduled:
     request: Request
     start: int
     count: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether all known tokens are computed after this step, so that one is sampled."""
-        return self.start + self.count == self.request.num_tokens
+    samples: bool
+    """Whether the step computes all of its tokens, and so samples the next one."""
 
 
 class Scheduler:
@@ -154,14 +152,18 @@ class Scheduler:
 
     def _share(self, request: Request) -> int:
         """Return how many tokens the request gets of what is left of this step's budgets."""
+        if not request.can_run:
+            return 0
         count = min(request.remaining, self._budget)
         return min(count, self._scored_budget) if request.scores_prompt else count
 
     def _put_in_step(self, request: Request, count: int) -> None:
         start = request.num_computed_tokens
         for group, missing in self._missing(request, start + count):
-            request.pages.setdefault(group, []).extend(self._pool.take(missing))
-        self._step[request] = Scheduled(request, start, count)
+            request.pages.setdefault(group, array("i")).extend(self._pool.take(missing))
+        completes = start + count == request.num_tokens
+        samples = completes and request.params.max_tokens > 0
+        self._step[request] = Scheduled(request, start, count, samples)
         self._budget -= count
         if request.scores_prompt:
             self._scored_budget -= count

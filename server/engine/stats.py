@@ -42,6 +42,10 @@ class EngineStats:
     variants: tuple[VariantStats, ...]
     steps: int
     """Steps run since start."""
+    device_busy_seconds: float
+    """Seconds that a GPU spent in steps; 0 on a CPU."""
+    device_idle_seconds: float
+    """Seconds that a GPU waited between two steps although there was work; 0 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,10 @@ def prompt_of(seed: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(4, 80, (length,), generator=generator).tolist())
 
 
-@pytest.fixture(scope="module")
-def tight() -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapping"])
+def tight(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine whose page pool holds one long request, so that others are preempted."""
-    engine = tiny_engine(VARIANTS, pages=11, limits=TIGHT)
+    engine = tiny_engine(VARIANTS, pages=11, limits=TIGHT, overlaps=request.param)
     yield engine
     engine.stop()
 

@@ -1,4 +1,4 @@
-"""The paged backend against the reference backend, on a CUDA device."""
+"""The paged backend against the reference backend: on a GPU, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import torch
 
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
-from server.engine.assembly import make_backend
+from server.engine.assembly import EngineConfigError, choose_attention
+from server.engine.attention.paged import PagedBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
 from server.engine.pages import PagePool, page_layout
 from server.engine.scheduler import Limits, Scheduler
 from tests.engine.tiny_engine import Numbered, tiny_variants
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 new = Numbered()
 
 FORMS = {
@@ -39,16 +42,14 @@ def mixed_batch(variants: Variants, layout: object, pages: int) -> Batch:
     return build_batch(scheduler.schedule(), variants, layout)  # type: ignore[arg-type]
 
 
-@gpu
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     heads, kv_heads, dim, shape = form
     variants = tiny_variants(8, pruned={2, 3, 5})
     layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(200, layout.page_elements, dtype=torch.bfloat16, device="cuda")
-    paged = make_backend(pool.clone(), layout, variants, kv_heads)
+    pool = torch.randn(200, layout.page_elements, dtype=DTYPE, device=DEVICE)
+    paged = PagedBackend(pool.clone(), layout, variants, kv_heads)
     reference = SdpaBackend(pool.double(), layout, variants, kv_heads)
-    assert type(paged) is not type(reference)
     batch = mixed_batch(variants, layout, 200)
     assert len({int(count) for count in batch.lengths}) > 4
     for backend in (paged, reference):
@@ -56,7 +57,7 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     for layer in (0, 2, 7):
         rows = batch.attending_rows[layer]
         q, k, v = (
-            torch.randn(1, count, rows, dim, dtype=torch.bfloat16, device="cuda")
+            torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
             for count in (heads, kv_heads, kv_heads)
         )
         got = paged(layer, q, k, v, shape).double()
@@ -66,7 +67,12 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
 
 
 def test_a_cpu_gets_the_reference() -> None:
-    variants = tiny_variants(4, pruned={2})
-    layout = page_layout([3, 1], 32)
-    pool = torch.zeros(4, layout.page_elements)
-    assert isinstance(make_backend(pool, layout, variants, 2), SdpaBackend)
+    pool = torch.zeros(4, 32)
+    assert choose_attention("auto", pool) == "sdpa"
+    assert choose_attention("paged", pool) == "paged"
+
+
+def test_paged_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineConfigError, match="needs the package triton"):
+        choose_attention("paged", torch.zeros(4, 32))

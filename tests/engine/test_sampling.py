@@ -13,16 +13,21 @@ from hypothesis import strategies as st
 
 from server.engine.batch import SamplingRow
 from server.engine.request import SamplingParams
-from server.engine.sampling import generated_logprobs, sample, score, uniform
+from server.engine.sampling import generated_scores, score, uniform
+from server.engine.sampling import sample as sampled
 
 VOCABULARY = 12
 LOGITS = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -9.0]])
 
 
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    return sampled(logits, rows).tolist()
+
+
 def row(
     output: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **params: object
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(100, **params), prompt, output)  # type: ignore[arg-type]
+    return SamplingRow(SamplingParams(100, **params), prompt, output, len(output))  # type: ignore[arg-type]
 
 
 def drawn(count: int = 4000, **params: object) -> Counter[int]:
@@ -101,9 +106,10 @@ def test_the_logits_are_kept() -> None:
 
 def test_logprobs_are_the_models_own() -> None:
     rows = [row(logprobs=2, temperature=0.3, logit_bias={9: 50.0}), row()]
-    found = generated_logprobs(LOGITS.expand(2, -1), rows, [9, 0])
-    assert found[1] is None
-    assert found[0] is not None
+    scores = generated_scores(LOGITS.expand(2, -1), rows, torch.tensor([9, 0]))
+    assert scores is not None
+    found = scores.read()
+    assert len(found) == 1
     expected = torch.log_softmax(LOGITS[0], -1)
     assert found[0].logprob == pytest.approx(float(expected[9]))
     assert [token for token, _ in found[0].top] == [0, 1]
@@ -114,7 +120,8 @@ def test_a_token_has_the_identical_float_among_the_alternatives(
     asked: list[tuple[int, int]],
 ) -> None:
     tokens, alternatives = zip(*asked, strict=True)
-    scored = score(torch.randn(len(asked), VOCABULARY), tokens, alternatives)
+    logits = torch.randn(len(asked), VOCABULARY)
+    scored = score(logits, torch.tensor(tokens), alternatives).read()
     for entry, (token, count) in zip(scored, asked, strict=True):
         assert len(entry.top) == count
         among = dict(entry.top)

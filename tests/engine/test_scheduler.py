@@ -73,14 +73,13 @@ class Traffic(RuleBasedStateMachine):
         end = scheduled.start + scheduled.count
         for group in VARIANTS.groups_of(request.variant):
             assert len(request.pages[group]) >= self.layout.pages_for(end, group)
-        completes = scheduled.completes
         request.num_computed_tokens = end
         request.num_scored_tokens = max(
             request.num_scored_tokens, min(end, len(request.prompt) - 1)
         )
-        if completes and request.params.max_tokens:
+        if scheduled.samples:
             request.output.append(7)
-        if completes and len(request.output) == request.params.max_tokens:
+        if request.remaining <= 1 and len(request.output) == request.params.max_tokens:
             self.scheduler.remove(request)
             del self.open[request]
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedModel
 
 from pruning.families import kv_shape
@@ -15,7 +16,15 @@ from pruning.sublayers import wrap
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.engine import Engine
-from server.engine.request import Ended, Event, PromptScored, Request, SamplingParams, TokenEvent
+from server.engine.request import (
+    Ended,
+    Event,
+    PromptScored,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from server.engine.scheduler import Limits
 from tests.pruning.tiny_models import tiny_model, tiny_tokenizer
 
@@ -45,6 +54,11 @@ class Recorder:
     @property
     def tokens(self) -> list[int]:
         return [event.token for event in self.events if isinstance(event, TokenEvent)]
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        found = [event.logprobs for event in self.events if isinstance(event, TokenEvent)]
+        return [entry for entry in found if entry is not None]
 
     @property
     def scores(self) -> list[float]:
@@ -91,12 +105,36 @@ def tiny_engine(
     family: str = "llama",
     pages: int = 64,
     limits: Limits | None = None,
+    overlaps: bool = False,
 ) -> Engine:
-    """Return a started float64 engine with exactly `pages` pages."""
+    """Return a started float64 engine with exactly `pages` pages.
+
+    With `overlaps`, each step is launched before the one ahead of it is committed, as on a GPU.
+    """
     base = wrapped(tiny_model(family, layers=variants.layers).double())
     largest = max(len(group.layers) for group in variants.groups)
     page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(8)
     config = EngineConfig(limits or Limits(), kv_cache_bytes=pages * page_bytes)
+    engine = build_engine(base, variants, config)
+    engine._runner.overlaps = overlaps
+    engine.start()
+    return engine
+
+
+def fast_engine(
+    variants: Variants, *, family: str = "llama", pages: int = 64, limits: Limits | None = None
+) -> Engine:
+    """Return a started float32 engine on the paged backend, with recorded decode steps.
+
+    On a GPU if there is one, with compiled layers; else in Triton's interpreter.
+    """
+    model = tiny_model(family, layers=variants.layers)
+    base = wrapped(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+    largest = max(len(group.layers) for group in variants.groups)
+    page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(4)
+    config = EngineConfig(
+        limits or Limits(running=4), kv_cache_bytes=pages * page_bytes, attention="paged"
+    )
     engine = build_engine(base, variants, config)
     engine.start()
     return engine

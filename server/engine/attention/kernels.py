@@ -28,10 +28,12 @@ def _write(
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row)
+    if slot < 0:
+        return
     column = tl.arange(0, WIDTH)
     head, place = column // DIM, column % DIM
     inside = column < HEADS * DIM
-    target = (slot // TOKENS) * page_stride + (slot % TOKENS) * (HEADS * DIM) + column
+    target = (slot // TOKENS).to(tl.int64) * page_stride + (slot % TOKENS) * (HEADS * DIM) + column
     source = row * key_row + head * key_head + place
     tl.store(keys + target, tl.load(key + source, mask=inside), mask=inside)
     source = row * value_row + head * value_head + place
@@ -51,8 +53,8 @@ def _capped(scores, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _decode(
-    query, keys, values, tables, rows, lengths, partial, weights,
-    query_row, query_head, page_stride, table_stride,
+    query, keys, values, pages, table_starts, rows, lengths, partial, weights, out,
+    query_row, query_head, out_row, page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
@@ -62,6 +64,7 @@ def _decode(
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence)
+    table = pages + tl.load(table_starts + sequence)
     first = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
     start = first + split * share
@@ -75,30 +78,35 @@ def _decode(
 
     highest = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
-    out = tl.zeros([PADDED, DIM_PADDED], tl.float32)
+    acc = tl.zeros([PADDED, DIM_PADDED], tl.float32)
     for at in range(start, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
         seen = token < end
-        page = tl.load(tables + sequence * table_stride + token // TOKENS, seen, 0).to(tl.int64)
+        page = tl.load(table + token // TOKENS, seen, 0).to(tl.int64)
         place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
         inside = seen[:, None] & (dim < DIM)[None, :]
         k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
-        scores = tl.dot(q, tl.trans(k)) * scaling
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         scores = _capped(scores, softcap, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf")) * _LOG2E
         risen = tl.maximum(highest, tl.max(scores, 1))
         fade = tl.exp2(highest - risen)
         p = tl.exp2(scores - risen[:, None])
         v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         highest = risen
 
-    slot = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
     safe = tl.where(total > 0, total, 1.0)
-    tl.store(partial + slot[:, None] * DIM + dim[None, :], out / safe[:, None], mask)
-    weight = tl.where(total > 0, highest + tl.log2(safe), float("-inf"))
-    tl.store(weights + slot, weight, member < GROUP)
+    joined = acc / safe[:, None]
+    if SPLITS == 1:
+        target = out + row * out_row + head[:, None] * DIM + dim[None, :]
+        tl.store(target, joined.to(out.dtype.element_ty), mask)
+    else:
+        slot = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
+        tl.store(partial + slot[:, None] * DIM + dim[None, :], joined, mask)
+        weight = tl.where(total > 0, highest + tl.log2(safe), float("-inf"))
+        tl.store(weights + slot, weight, member < GROUP)
 
 
 @triton.jit
@@ -113,17 +121,19 @@ def _reduce(
     dim = tl.arange(0, DIM_PADDED)
     slot = (sequence * HEADS + head) * SPLITS + split
     weight = tl.load(weights + slot)
-    weight = tl.exp2(weight - tl.max(weight, 0))
+    most = tl.max(weight, 0)
+    weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))  # padding has no tokens
     parts = tl.load(partial + slot[:, None] * DIM + dim[None, :], (dim < DIM)[None, :], 0.0)
-    joined = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    whole = tl.sum(weight, 0)
+    joined = tl.sum(parts * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
     target = out + row * out_row + head * DIM + dim
     tl.store(target, joined.to(out.dtype.element_ty), dim < DIM)
 
 
 @triton.jit
 def _chunk(
-    query, keys, values, tables, sequences, starts, lengths, out,
-    query_row, query_head, out_row, page_stride, table_stride,
+    query, keys, values, pages, table_starts, sequences, starts, lengths, out,
+    query_row, query_head, out_row, page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,6 +148,7 @@ def _chunk(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     if tile * ROWS >= count:
         return
+    table = pages + tl.load(table_starts + sequence)
     length = tl.load(lengths + sequence)
     local = tile * ROWS + tl.arange(0, ROWS)
     position = length - count + local
@@ -155,11 +166,11 @@ def _chunk(
     for at in range(first, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
         exists = token < end
-        page = tl.load(tables + sequence * table_stride + token // TOKENS, exists, 0).to(tl.int64)
+        page = tl.load(table + token // TOKENS, exists, 0).to(tl.int64)
         place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + (head // GROUP) * DIM
         inside = exists[:, None] & (dim < DIM)[None, :]
         k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
-        scores = tl.dot(q, tl.trans(k)) * scaling
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         scores = _capped(scores, softcap, CAPPED)
         behind = position[:, None] - token[None, :]
         seen = (behind >= 0) & (behind < window) & exists[None, :]
@@ -169,7 +180,7 @@ def _chunk(
         fade = tl.exp2(highest - floor)
         p = tl.exp2(scores - floor[:, None])
         v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         highest = risen
     joined = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -180,7 +191,7 @@ def _chunk(
 def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Put key and value [rows, kv_heads, dim] into a layer's pages at `slots` [rows].
 
-    keys and values are views [pages, tokens, kv_heads, dim] of the pool.
+    Rows with slot -1, padding, are left out. keys and values are views [pages, tokens, kv_heads, dim] of the pool.
     """
     rows, heads, dim = key.shape
     _write[(rows,)](
@@ -195,7 +206,8 @@ def decode(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    tables: Tensor,
+    pages: Tensor,
+    table_starts: Tensor,
     rows: Tensor,
     lengths: Tensor,
     out: Tensor,
@@ -207,8 +219,9 @@ def decode(
 ) -> None:
     """Attend one row of each sequence over its pages.
 
-    query and out are [rows, heads, dim]; tables [sequences, pages], rows and lengths [sequences]
-    are int32 on the device. softcap 0 means none.
+    query and out are [rows, heads, dim]; pages holds the block tables, that of each sequence from
+    table_starts [sequences] on; rows and lengths are [sequences]; all int32 on the device. A
+    sequence of length 0, padding, attends nothing. softcap 0 means none.
     """
     sequences, heads, dim = len(rows), query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
@@ -217,23 +230,25 @@ def decode(
     weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
     padded_dim = max(16, triton.next_power_of_2(dim))
     _decode[(sequences, kv_heads, splits)](
-        query, keys, values, tables, rows, lengths, partial, weights,
-        query.stride(0), query.stride(1), keys.stride(0), tables.stride(0),
+        query, keys, values, pages, table_starts, rows, lengths, partial, weights, out,
+        query.stride(0), query.stride(1), out.stride(0), keys.stride(0),
         scaling, softcap, window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
         dim, padded_dim, 64, splits, softcap > 0,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    _reduce[(sequences, heads)](
-        partial, weights, rows, out, out.stride(0), heads, dim, padded_dim, splits, num_warps=4
-    )
+    if splits > 1:
+        _reduce[(sequences, heads)](
+            partial, weights, rows, out, out.stride(0), heads, dim, padded_dim, splits, num_warps=4
+        )
 
 
 def attend_chunks(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    tables: Tensor,
+    pages: Tensor,
+    table_starts: Tensor,
     sequences: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -246,14 +261,15 @@ def attend_chunks(
 ) -> None:
     """Attend the rows of `sequences` [chunks], of which the longest has `longest` rows.
 
-    query and out are [rows, heads, dim]; starts [all sequences + 1] and lengths [all sequences].
+    query and out are [rows, heads, dim]; starts [all sequences + 1], lengths and table_starts
+    [all sequences], all int32 on the device.
     """
     heads, dim = query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
     rows = 128 if longest > 64 else 64
     _chunk[(triton.cdiv(longest, rows), heads, len(sequences))](
-        query, keys, values, tables, sequences, starts, lengths, out,
-        query.stride(0), query.stride(1), out.stride(0), keys.stride(0), tables.stride(0),
+        query, keys, values, pages, table_starts, sequences, starts, lengths, out,
+        query.stride(0), query.stride(1), out.stride(0), keys.stride(0),
         scaling, softcap, window,
         keys.shape[1], kv_heads, heads // kv_heads,
         dim, max(16, triton.next_power_of_2(dim)), rows, 64, softcap > 0,

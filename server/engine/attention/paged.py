@@ -7,9 +7,9 @@ the pages, and nothing is planned on the host.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from server.engine.attention.kernels import attend_chunks, decode, write_pages
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
+from server.engine.transfer import upload_together
 
 _UNBOUNDED = 1 << 30
 """A window that sees everything."""
@@ -29,21 +30,25 @@ _SPLIT_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Singles:
-    """The sequences with one row."""
+class Singles:
+    """The sequences with one row; vectors of int32 on the device."""
 
-    tables: Tensor
+    table_starts: Tensor
+    """Where each one's block table starts among the pages."""
     rows: Tensor
     lengths: Tensor
+    """0 for padding."""
     longest: int
+    """No sequence is longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunks:
-    """The sequences with more rows."""
+class Chunks:
+    """The sequences with more rows; vectors of int32 on the device."""
 
-    tables: Tensor
     sequences: Tensor
+    table_starts: Tensor
+    """Of all sequences, and so the next two."""
     starts: Tensor
     lengths: Tensor
     longest: int
@@ -51,12 +56,15 @@ class _Chunks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class GroupStep:
     """One layer group's share of a step, on the device, in int32."""
 
     slots: Tensor
-    singles: _Singles | None
-    chunks: _Chunks | None
+    """[rows] where keys and values go; -1 for padding."""
+    pages: Tensor
+    """Block tables."""
+    singles: Singles | None
+    chunks: Chunks | None
 
 
 class PagedBackend:
@@ -70,17 +78,19 @@ class PagedBackend:
         }
         self._kv_heads = kv_heads
         self._device = pool.device
-        self._prepared: list[_Prepared | None] = []
+        self._step: Sequence[GroupStep | None] = ()
 
     def prepare(self, batch: Batch) -> None:
-        self._prepared = [
-            self._prepare(group, batch) if group.rows else None for group in batch.groups
-        ]
+        self.bind([self._prepare(group, batch) if group.rows else None for group in batch.groups])
+
+    def bind(self, groups: Sequence[GroupStep | None]) -> None:
+        """Attend by these device tensors from now on, one entry per layer group."""
+        self._step = groups
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        step = self._prepared[self._group_of[layer]]
+        step = self._step[self._group_of[layer]]
         assert step is not None, "a layer without attending rows was run"
         keys, values = self._views[layer]
         write_pages(_by_row(key), _by_row(value), keys, values, step.slots)
@@ -90,41 +100,41 @@ class PagedBackend:
         softcap = form.softcap or 0.0
         if (single := step.singles) is not None:
             decode(
-                rows, keys, values, single.tables, single.rows, single.lengths, out,
+                rows, keys, values,
+                step.pages, single.table_starts, single.rows, single.lengths, out,
                 scaling=form.scaling, window=window, softcap=softcap,
                 splits=_splits(len(single.rows) * self._kv_heads, single.longest),
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
             attend_chunks(
-                rows, keys, values, chunk.tables, chunk.sequences, chunk.starts, chunk.lengths, out,
+                rows, keys, values,
+                step.pages, chunk.table_starts, chunk.sequences, chunk.starts, chunk.lengths, out,
                 longest=chunk.longest, scaling=form.scaling, window=window, softcap=softcap,
             )  # fmt: skip
         return out[None]
 
-    def _prepare(self, group: GroupRows, batch: Batch) -> _Prepared:
+    def _prepare(self, group: GroupRows, batch: Batch) -> GroupStep:
         starts, lengths = batch.query_starts, batch.lengths[: group.sequences]
         counts = starts[1 : group.sequences + 1] - starts[: group.sequences]
         (single,), (chunk,) = (counts == 1).nonzero(), (counts > 1).nonzero()
+        tables = group.table_starts[:-1]
+        slots, pages, *rest = upload_together(
+            [
+                group.slots, group.pages,
+                tables[single], starts[single], lengths[single],
+                chunk, tables, starts, lengths,
+            ],
+            self._device,
+        )  # fmt: skip
         singles = chunks = None
         if len(single):
-            singles = _Singles(
-                tables=self._to_device(group.block_table[single]),
-                rows=self._to_device(starts[single]),
-                lengths=self._to_device(lengths[single]),
-                longest=int(lengths[single].max()),
-            )
+            table_starts, rows, seen = rest[:3]
+            singles = Singles(table_starts, rows, seen, longest=int(lengths[single].max()))
         if len(chunk):
-            chunks = _Chunks(
-                tables=self._to_device(group.block_table),
-                sequences=self._to_device(chunk),
-                starts=self._to_device(starts),
-                lengths=self._to_device(lengths),
-                longest=int(counts[chunk].max()),
-            )
-        return _Prepared(self._to_device(group.slots), singles, chunks)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(self._device)
+            sequences, table_starts, firsts, seen = rest[3:]
+            longest = int(counts[chunk].max())
+            chunks = Chunks(sequences, table_starts, firsts, seen, longest)
+        return GroupStep(slots, pages, singles, chunks)
 
 
 def _by_row(heads: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pruning.attention import AttentionForm, biased_attention, masked_attention
@@ -82,7 +84,7 @@ class SdpaBackend:
         starts, lengths = batch.query_starts, batch.lengths[: group.sequences]
         counts = starts[1 : group.sequences + 1] - starts[: group.sequences]
         slots = self._to_device(group.slots)
-        tables = self._to_device(group.block_table)
+        tables = self._to_device(_padded(group))
         singles = (counts == 1).nonzero()[0]
         span = int(lengths[singles].max()) if len(singles) else 0
         return _Prepared(
@@ -105,6 +107,14 @@ class SdpaBackend:
 
     def _to_device(self, array: object) -> Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def _padded(group: GroupRows) -> NDArray[np.int64]:
+    """Return the block tables as [sequences, pages], padded with page 0."""
+    lengths = np.diff(group.table_starts)
+    tables = np.zeros((group.sequences, lengths.max(initial=0)), dtype=np.int64)
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = group.pages
+    return tables
 
 
 def _attend_singles(

@@ -1,0 +1,273 @@
+"""Decode steps recorded once as CUDA graphs, one for each padded number of rows per variant.
+
+A step of single rows is a few hundred kernels of some microseconds each; launching them one by one
+takes longer than running them. A graph launches all of them at once. It reads its inputs from one
+vector that each step fills by one copy::
+
+    rows      [ full full full - | pruned pruned ]      padded to (4, 2); "-" attends nothing
+    inputs    [ token ids | sources | positions | lengths | slots, table starts per group | pages ]
+
+Graphs of one variant hold nothing of the layers it drops. They are recorded at their first use,
+those of `warm_up` at start, and share one pool of memory: only one runs at a time, and what it
+leaves is in `last_tokens` and `logits`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pruning.attention import Attend
+from pruning.variants import Variants
+from server.engine.attention.paged import GroupStep, PagedBackend, Singles
+from server.engine.batch import Batch
+from server.engine.runner import known_tokens
+from server.engine.transfer import aligned_starts, upload
+
+logger = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Numbers of rows of a variant that graphs are made for."""
+MOST_GRAPHS = 256
+"""Graphs kept; a combination of rows beyond them is run kernel by kernel."""
+
+Shape = tuple[int, ...]
+"""Padded rows of each variant."""
+
+
+class DecodeGraphs:
+    """The recorded steps of one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attend: Attend,
+        backend: PagedBackend,
+        variants: Variants,
+        *,
+        pages: int,
+        most_rows: int,
+        vocabulary: int,
+        context: int,
+    ) -> None:
+        """`attend` is what the model is given, over `backend`; pages are those of the pool."""
+        self._model = model
+        self._attend = attend
+        self._backend = backend
+        self._variants = variants
+        self._pages = pages
+        self._context = context
+        device = next(model.parameters()).device
+        self._sizes = _sizes(most_rows)
+        places = len(variants) * self._sizes[-1]
+        self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
+        self.logits = torch.zeros(places, vocabulary, dtype=_dtype(model), device=device)
+        vectors = 4 + 2 * len(variants.groups)
+        self._inputs = torch.zeros(vectors * (places + 4) + pages, dtype=torch.int32, device=device)
+        self._recorder = _Recorder(device)
+        self._recorded: dict[Shape, _Recorded] = {}
+
+    @torch.inference_mode()
+    def warm_up(self, most_rows: int) -> None:
+        """Record steps of one variant alone, of up to `most_rows` rows."""
+        started = time.monotonic()
+        # The largest first: smaller ones find room in the memory it took.
+        for size in sorted((size for size in self._sizes if size <= most_rows), reverse=True):
+            for index in range(len(self._variants)):
+                shape = tuple(size if i == index else 0 for i in range(len(self._variants)))
+                self._recorded.setdefault(shape, self._record(shape))
+        logger.info(
+            "recorded %d decode graphs in %.1f s", len(self._recorded), time.monotonic() - started
+        )
+
+    def replay(self, batch: Batch, sources: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Compute a batch; see the runner's protocol."""
+        shape = self._shape(batch)
+        if shape is None:
+            return None
+        if (recorded := self._recorded.get(shape)) is None:
+            if len(self._recorded) == MOST_GRAPHS:
+                return None
+            recorded = self._recorded[shape] = self._record(shape)
+        rows = recorded.layout.rows(batch.variant_sequences)
+        filled = recorded.layout.fill(batch, sources, rows)
+        self._inputs[: len(filled)].copy_(upload(filled, torch.int32, self._inputs.device))
+        recorded.run()
+        return rows
+
+    def _shape(self, batch: Batch) -> Shape | None:
+        """Return the padded rows of a batch of single rows, None for any other batch."""
+        if len(batch.token_ids) > len(batch.sequences) or batch.scored:
+            return None
+        if max(batch.variant_sequences) > self._sizes[-1]:
+            return None
+        if sum(len(group.pages) for group in batch.groups) > self._pages:
+            return None
+        return tuple(
+            next(size for size in (0, *self._sizes) if size >= count)
+            for count in batch.variant_sequences
+        )
+
+    def _record(self, shape: Shape) -> _Recorded:
+        layout = InputLayout(shape, self._variants)
+        bound = layout.bind(self._inputs, self._context)
+        padding = layout.padding()
+        self._inputs[: len(padding)].copy_(upload(padding, torch.int32, self._inputs.device))
+        kept = self.last_tokens.clone()  # a step in flight may have left them for the next one
+
+        def step() -> None:
+            self._backend.bind(bound)
+            inputs = layout.vectors(self._inputs)
+            ids = known_tokens(inputs.token_ids, inputs.sources, self.last_tokens)
+            output = self._model(
+                ids[None],
+                position_ids=inputs.positions[None].long(),
+                attend=self._attend,
+                attending_rows=layout.attending_rows,
+            )
+            logits = output.logits[0]
+            self.logits[: len(logits)].copy_(logits)
+            self.last_tokens[: len(logits)].copy_(logits.argmax(dim=-1))
+
+        recorded = _Recorded(layout, bound, self._recorder.record(step))
+        self.last_tokens.copy_(kept)
+        return recorded
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    layout: InputLayout
+    bound: list[GroupStep | None]
+    """The graph reads these as long as it lives."""
+    run: Callable[[], None]
+
+
+class _Recorder:
+    """Records functions that launch kernels; on a CPU they are simply called again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()  # compiles what is not compiled yet
+        if self._pool is None:
+            return step
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        return graph.replay
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One entry per padded row, on the device."""
+
+    token_ids: Tensor
+    sources: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+
+class InputLayout:
+    """Where each vector lies in the inputs of one shape."""
+
+    def __init__(self, shape: Shape, variants: Variants) -> None:
+        self._first_rows = [0, *accumulate(shape)]
+        self._rows = self._first_rows[-1]
+        self._group_rows = [
+            sum(
+                count
+                for count, variant in zip(shape, variants, strict=True)
+                if variant.name in group.variants
+            )
+            for group in variants.groups
+        ]
+        sizes = [self._rows] * 4 + [rows for rows in self._group_rows for _ in range(2)]
+        self._starts = aligned_starts(sizes)
+        self._sizes = sizes
+        self.attending_rows = [0] * variants.layers
+        for group, rows in zip(variants.groups, self._group_rows, strict=True):
+            for layer in group.layers:
+                self.attending_rows[layer] = rows
+
+    def rows(self, counts: Sequence[int]) -> NDArray[np.int64]:
+        """Return the padded row of each sequence; counts are those of each variant."""
+        parts = [
+            np.arange(first, first + count)
+            for first, count in zip(self._first_rows, counts, strict=False)
+        ]
+        return np.concatenate(parts)
+
+    def padding(self) -> NDArray[np.int32]:
+        """Return inputs of which every row is padding: it attends and writes nothing."""
+        filled = np.zeros(self._starts[-1], dtype=np.int32)
+        self._vector(filled, 1)[:] = -1
+        for index in range(len(self._group_rows)):
+            self._vector(filled, 4 + 2 * index)[:] = -1
+        return filled
+
+    def fill(
+        self, batch: Batch, sources: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
+        """Return the inputs for a batch whose sequences stand in these rows."""
+        filled = self.padding()
+        for place, values in enumerate((batch.token_ids, sources, batch.positions, batch.lengths)):
+            self._vector(filled, place)[rows] = values
+        tables = self._starts[-1]
+        for index, group in enumerate(batch.groups):
+            attending = rows[: group.rows]
+            self._vector(filled, 4 + 2 * index)[attending] = group.slots
+            self._vector(filled, 5 + 2 * index)[attending] = tables + group.table_starts[:-1]
+            tables += len(group.pages)
+        return np.concatenate([filled, *(group.pages for group in batch.groups)])
+
+    def vectors(self, inputs: Tensor) -> Vectors:
+        return Vectors(*(self._view(inputs, place) for place in range(4)))
+
+    def bind(self, inputs: Tensor, longest: int) -> list[GroupStep | None]:
+        """Return views of the inputs for the attention, per layer group."""
+        lengths = self.vectors(inputs).lengths
+        return [
+            GroupStep(
+                slots=self._view(inputs, 4 + 2 * index),
+                pages=inputs,
+                singles=Singles(
+                    table_starts=self._view(inputs, 5 + 2 * index),
+                    rows=torch.arange(rows, dtype=torch.int32, device=inputs.device),
+                    lengths=lengths[:rows],
+                    longest=longest,
+                ),
+                chunks=None,
+            )
+            if rows
+            else None
+            for index, rows in enumerate(self._group_rows)
+        ]
+
+    def _vector(self, filled: NDArray[np.int32], place: int) -> NDArray[np.int32]:
+        start = self._starts[place]
+        return filled[start : start + self._sizes[place]]
+
+    def _view(self, inputs: Tensor, place: int) -> Tensor:
+        start = self._starts[place]
+        return inputs[start : start + self._sizes[place]]
+
+
+def _sizes(most_rows: int) -> tuple[int, ...]:
+    """Return the sizes up to the first that holds `most_rows` rows, if there is one."""
+    return tuple(
+        size for size, before in zip(SIZES, (0, *SIZES), strict=False) if before < most_rows
+    )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype

@@ -1,0 +1,128 @@
+"""The fast path, paged kernels and recorded decode steps, against plain transformers and the
+reference backend.
+
+On a machine without a GPU the kernels run in Triton's interpreter and a recorded step is called
+again instead of replayed: the same code, slowly.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pruning.families import FAMILIES
+from pruning.projections import MergedProjection, merge_projections
+from pruning.sublayers import wrap
+from pruning.variants import Variants
+from server.engine.engine import Engine
+from server.engine.graphs import InputLayout
+from server.engine.request import FinishReason, Request
+from server.engine.scheduler import Limits
+from tests.engine.tiny_engine import (
+    LAYERS,
+    Numbered,
+    fast_engine,
+    recorder,
+    tiny_engine,
+    tiny_variants,
+)
+from tests.pruning.tiny_models import tiny_model
+from tests.reference.silenced import greedy, silenced
+
+DROPPED: dict[str, set[int]] = {"full": set(), "light": {2}, "pruned": {1, 2}}
+VARIANTS: Variants = tiny_variants(light=DROPPED["light"], pruned=DROPPED["pruned"])
+CHUNKED = Limits(tokens_per_step=16, running=4)
+ON_GPU = torch.cuda.is_available()
+SLOW_TO_INTERPRET = set(FAMILIES) - {"llama", "gemma2", "qwen2"}
+
+new = Numbered()
+
+
+def finish(engine: Engine, requests: list[Request]) -> None:
+    engine.submit(requests)
+    for request in requests:
+        assert recorder(request).wait(300).reason is FinishReason.LENGTH, recorder(request).events
+
+
+def prompt_of(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(4, 80, (length,), generator=generator).tolist())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_mixed_chunked_batches_give_the_reference_tokens(family: str) -> None:
+    if family in SLOW_TO_INTERPRET and not ON_GPU:
+        pytest.skip("takes long in the interpreter; other families run the same kernels")
+    engine = fast_engine(VARIANTS, family=family, limits=CHUNKED)
+    requests = [
+        new.request(prompt_of(seed, length), variant, max_tokens=6)
+        for seed, (length, variant) in enumerate(
+            [(20, "full"), (3, "pruned"), (11, "light"), (17, "pruned"), (1, "full")]
+        )
+    ]
+    finish(engine, requests)
+    engine.stop()
+    for request in requests:
+        model = silenced(tiny_model(family, layers=LAYERS).double(), DROPPED[request.variant])
+        assert recorder(request).tokens == greedy(model, request.prompt, 6)
+
+
+def test_sampling_from_recorded_steps_equals_the_reference_engine() -> None:
+    """Random numbers, bias, bans, penalties and log probabilities, beside plain greedy rows."""
+    asked: list[dict[str, object]] = [
+        {"temperature": 0.9, "seed": 3, "top_p": 0.9},
+        {"logprobs": 3},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"temperature": 1.0, "seed": 5, "logit_bias": {9: 2.0}, "min_tokens": 3},
+    ]
+    found = []
+    for make in (tiny_engine, fast_engine):
+        engine = make(VARIANTS, limits=CHUNKED)
+        requests = [
+            new.request(prompt_of(i, 5), variant, max_tokens=6, **params)
+            for i, (variant, params) in enumerate(zip(["full", "pruned"] * 2, asked, strict=True))
+        ]
+        finish(engine, requests)
+        engine.stop()
+        found.append(requests)
+    for reference, fast in zip(*found, strict=True):
+        assert recorder(fast).tokens == recorder(reference).tokens
+        for mine, theirs in zip(recorder(fast).logprobs, recorder(reference).logprobs, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+
+
+def test_preempted_requests_come_back_to_the_same_tokens() -> None:
+    engine = fast_engine(VARIANTS, pages=7, limits=CHUNKED)
+    requests = [new.request(prompt_of(i, 10), "full", max_tokens=30) for i in range(2)]
+    finish(engine, requests)
+    assert sum(variant.preemptions for variant in engine.stats().variants) > 0
+    engine.stop()
+    model = tiny_model(layers=LAYERS).double()
+    for request in requests:
+        assert recorder(request).tokens == greedy(model, request.prompt, 30)
+
+
+def test_a_recorded_step_of_a_variant_has_no_rows_in_what_it_drops() -> None:
+    layout = InputLayout((0, 0, 4), VARIANTS)  # full, light, pruned
+    assert layout.attending_rows == [0 if i in DROPPED["pruned"] else 4 for i in range(LAYERS)]
+    mixed = InputLayout((2, 0, 4), VARIANTS)
+    assert mixed.attending_rows == [2 if i in DROPPED["pruned"] else 6 for i in range(LAYERS)]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_merged_projections_change_nothing_and_copy_nothing(family: str) -> None:
+    model = tiny_model(family, layers=LAYERS).double()
+    wrap(model)
+    ids = torch.tensor([prompt_of(0, 9)])
+    with torch.no_grad():
+        before = model(ids).logits
+        size = sum(p.numel() for p in model.parameters())
+        merged = merge_projections(model)
+        assert merged == (0 if family == "phi3" else 2 * LAYERS)
+        assert sum(p.numel() for p in model.parameters()) == size
+        for module in model.modules():
+            if isinstance(module, MergedProjection):
+                whole = module.merged_weight.untyped_storage()
+                assert module.weight.untyped_storage().data_ptr() == whole.data_ptr()
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-12)
