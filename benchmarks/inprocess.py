@@ -55,6 +55,8 @@ class Running:
     engine: Engine
     vocabulary: int
     limits: Limits
+    start_seconds: float
+    """What it took to build the engine: pages, compiled layers, recorded steps."""
 
     def capacity(self, variant: str) -> int:
         """Return how many tokens of one variant the page pool holds."""
@@ -184,10 +186,12 @@ class _Watch:
 def running(base: BaseModel, variants: Variants, config: EngineConfig) -> Iterator[Running]:
     """Yield a started engine and stop it afterwards."""
     limits = config.limits or default_limits(base.device)
+    before = time.monotonic()
     engine = build_engine(base, variants, config)
+    seconds = time.monotonic() - before
     engine.start()
     try:
-        yield Running(engine, base.model.config.vocab_size, limits)
+        yield Running(engine, base.model.config.vocab_size, limits, seconds)
     finally:
         engine.stop()
 

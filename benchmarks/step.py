@@ -171,6 +171,8 @@ class Report:
     served: tuple[PeerRun, ...]
     """The load, if there is one, by ours."""
     skipped: tuple[str, ...]
+    start_seconds: float
+    """What it took to build the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,7 @@ def main(
             "prefill": [asdict(row) for row in report.prefill],
             "peers": [asdict(run) for run in [*report.served, *others]],
             "skipped": report.skipped,
+            "start_seconds": report.start_seconds,
         }
         output.write_text(json.dumps(body, indent=2) + "\n")
 
@@ -287,6 +290,7 @@ def measure(
         tuple(_prefill_row(roofline, cell, prefilled) for cell in prefilled),
         served,
         tuple(skipped),
+        engine.start_seconds,
     )
 
 
@@ -424,6 +428,7 @@ def _print(title: str, report: Report, peers: Sequence[PeerRun], ceilings: Ceili
     console = Console(width=160 if not sys.stdout.isatty() else None)
     console.print(title)
     console.print(describe(ceilings))
+    console.print(f"engine built in {report.start_seconds:.1f} s")
     console.print(_decode_table(report.decode))
     if report.prefill:
         console.print(_prefill_table(report.prefill))

@@ -17,7 +17,6 @@ from pruning.loading import BaseModel
 from pruning.projections import merge_projections
 from pruning.variants import Variants
 from server.engine.attention.sdpa import SdpaBackend
-from server.engine.compiling import compile_layers
 from server.engine.engine import Engine
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
@@ -140,6 +139,7 @@ def _paged_runner(
     # Triton exists on GPU machines only.
     from server.engine.attention.operator import OperatorAttend
     from server.engine.attention.paged import PagedBackend
+    from server.engine.compiling import compile_layers
     from server.engine.graphs import DecodeGraphs
 
     backend = PagedBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)

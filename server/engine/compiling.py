@@ -6,6 +6,7 @@ and of attending rows left open. torch keeps what it compiled on disk for the ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,49 +14,171 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers import PreTrainedModel
 
+from server.engine import linear
+
 _MOST_FORMS = 64
 """Compiled forms of a layer: every way of attending, one row or many, each kind of layer."""
 
-
 _aten = torch.ops.aten
-_SHARED = frozenset(
-    {
-        _aten.mm.default,
-        _aten.addmm.default,
-        # what lies between a product and its operands
-        _aten.view.default,
-        _aten.reshape.default,
-        _aten.permute.default,
-        _aten.t.default,
-    }
-)
+_convert = torch.ops.prims.convert_element_type.default
+_linear = linear.linear._opoverload
+_gated = linear.gated._opoverload
+_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
+_TURNS = frozenset({_aten.permute.default, _aten.t.default})
+_VIEWS = frozenset({_aten.view.default, _aten.reshape.default})
 
 
-class ShareProducts(CustomGraphPass):
-    """Computes a matrix product once where it appears several times.
+class Products(CustomGraphPass):
+    """Rewrites the matrix products of a compiled layer.
 
-    Merged projections (pruning/projections.py) ask for the same product and take a slice each;
-    torch's own elimination of common parts runs for training only.
+    - One that appears several times is computed once: merged projections
+      (pruning/projections.py) ask for the same product and take a slice each. (torch's own
+      elimination of common parts runs for training only.)
+    - All of them go to `linear`.
+    - silu(gate) * up goes to `gated`.
+    - The sum that ends a layer, with the residual stream, is part of its last product. (The one in
+      the middle is part of the norm after it.)
+
+    What is not written as these patterns expect stays as it is.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        known: dict[str, fx.Node] = {}
-        for node in list(graph.nodes):
-            if node.target in _SHARED:
-                first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
-                if first is not node:
-                    node.replace_all_uses_with(first)
-                    graph.erase_node(node)
+        _share(graph)
+        for rewrite, target in (
+            (_use_linear, None),
+            (_use_gated, _aten.mul.Tensor),
+            (_join_sum, _aten.add.Tensor),
+        ):
+            for node in list(graph.nodes):
+                if node.target is target or (target is None and node.target in _PRODUCTS):
+                    rewrite(graph, node)
+            graph.eliminate_dead_code()
 
     def uuid(self) -> Any:
         """Tell torch's cache on disk what this pass does."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, linear.__file__))
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile every decoder layer of a wrapped model, at its first use."""
+    """Compile a wrapped model's decoder layers and its last norm, at their first use."""
     # A limit of torch's that counts recompilations over all models of the process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
-    options = {"post_grad_custom_pre_pass": ShareProducts()}  # one object: equal for all layers
-    for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
+    # One object for all layers: they share what is compiled if their options are equal.
+    options = {"post_grad_custom_pre_pass": Products(), "combo_kernels": True}
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    for layer in decoder.layers:
         layer.compile(dynamic=True, options=options)
+    decoder.norm.compile(dynamic=True, options=options)
+
+
+def _share(graph: fx.Graph) -> None:
+    """Compute equal products once, and what lies between them and their operands."""
+    known: dict[str, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target in _PRODUCTS | _TURNS | _VIEWS:
+            first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _use_linear(graph: fx.Graph, node: fx.Node) -> None:
+    """mm(x, weight.T) or addmm(bias, x, weight.T) becomes `linear`."""
+    *bias, x, turned = node.args
+    if not isinstance(turned, fx.Node) or turned.target not in _TURNS or node.kwargs:
+        return
+    with graph.inserting_before(node):
+        product = _call(graph, _linear, x, turned.args[0], bias[0] if bias else None)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _use_gated(graph: fx.Graph, node: fx.Node) -> None:
+    """silu(product[:, :half]) * product[:, half:] becomes `gated`."""
+    for opened, up in _factors(node):
+        gate = _silu_of(_only(opened, _convert))
+        product = _half(gate, 0)
+        if product is None or product is not _half(up, 1) or len(product.users) > 2:
+            continue
+        found = _product_of(product)
+        if found is None or found[2] is not None:
+            continue
+        with graph.inserting_before(node):
+            rows = _call(graph, _gated, *found[:2])
+            shaped = _call(graph, _aten.unsqueeze.default, rows, 0)
+        node.replace_all_uses_with(shaped)
+        return
+
+
+def _silu_of(node: fx.Node | None) -> fx.Node | None:
+    """Return g if node is g / (1 + exp(-g)) in float32, as torch decomposes it."""
+    if node is None or node.target is not _aten.div.Tensor:
+        return None
+    wide, below = node.args
+    if not isinstance(below, fx.Node) or below.target is not _aten.add.Tensor:
+        return None
+    inverse = _only(_only(below.args[0], _aten.exp.default), _aten.neg.default)
+    return _only(wide, _convert) if below.args[1] == 1 and inverse is wide else None
+
+
+def _half(node: Any, which: int) -> fx.Node | None:
+    """Return p if node is the first or second half of p's last dimension."""
+    if not isinstance(node, fx.Node) or node.target is not _aten.slice.Tensor:
+        return None
+    whole, dim, start, end = node.args
+    assert isinstance(whole, fx.Node)
+    width = whole.meta["val"].shape[-1]
+    bounds = (which * width // 2, (which + 1) * width // 2)
+    return whole if dim == whole.meta["val"].dim() - 1 and (start, end) == bounds else None
+
+
+def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
+    """residual + linear(x, weight) becomes linear(x, weight, residual), if the layer returns it."""
+    if any(user.op != "output" for user in node.users) or node.kwargs:
+        return
+    for residual, viewed in _factors(node, _aten.add.Tensor):
+        found = _product_of(viewed)
+        if found is None or found[2] is not None or len(viewed.users) > 1:
+            continue
+        if residual.meta["val"].shape != node.meta["val"].shape:
+            continue
+        with graph.inserting_before(node):
+            flat = _call(graph, _aten.squeeze.dim, residual, 0)
+            joined = _call(graph, _linear, *found[:2], flat)
+            shaped = _call(graph, _aten.unsqueeze.default, joined, 0)
+        node.replace_all_uses_with(shaped)
+        return
+
+
+def _product_of(viewed: fx.Node) -> tuple[Any, ...] | None:
+    """Return the arguments of `linear` if node is a view [1, rows, outputs] of its result."""
+    if viewed.target not in _VIEWS or not isinstance(viewed.args[0], fx.Node):
+        return None
+    product, shape = viewed.args[0], viewed.meta["val"].shape
+    is_row = len(shape) == 3 and shape[0] == 1 and shape[-1] == product.meta["val"].shape[-1]
+    return product.args if product.target is _linear and is_row else None
+
+
+def _factors(node: Any, target: Any = _aten.mul.Tensor) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Yield both orders of a product's (or sum's) operands, if node is one of two tensors."""
+    if isinstance(node, fx.Node) and node.target is target:
+        first, second = node.args[:2]
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node):
+            yield first, second
+            yield second, first
+
+
+def _only(node: Any, target: Any) -> fx.Node | None:
+    """Return the operand if node is the `target` of one; else None."""
+    if not isinstance(node, fx.Node) or node.target is not target:
+        return None
+    operand = node.args[0]
+    return operand if isinstance(operand, fx.Node) else None
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    """Insert a call and note the shape of its result."""
+    node = graph.call_function(target, args)
+    values = fx.map_arg(args, lambda argument: argument.meta["val"])
+    node.meta["val"] = target(*values)
+    return node

@@ -229,7 +229,7 @@ class Engine:
             launched = self._runner.launch(build_batch(step, self.variants, self._layout))
         except torch.AcceleratorError:
             raise  # the device is lost, and with it every request
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  one request's failure must not end the engine
             self._commit_in_flight()
             self._launch_apart(step, error)
             return None

@@ -30,6 +30,7 @@ from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend, Singles
 from server.engine.batch import Batch
 from server.engine.runner import known_tokens
+from server.engine.sampling import most_likely
 from server.engine.transfer import aligned_starts, upload
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class DecodeGraphs:
             )
             logits = output.logits[0]
             self.logits[: len(logits)].copy_(logits)
-            self.last_tokens[: len(logits)].copy_(logits.argmax(dim=-1))
+            self.last_tokens[: len(logits)].copy_(most_likely(logits))
 
         recorded = _Recorded(layout, bound, self._recorder.record(step))
         self.last_tokens.copy_(kept)

@@ -1,8 +1,9 @@
 """Triton kernels that write and read pages through block tables, with no gather copies.
 
     write    keys and values of the step's rows into their slots
-    decode   sequences with one row: split over the sequence, so that few sequences fill the device
-             too (Flash-Decoding, Dao et al. 2023), then a reduction over the splits
+    decode   sequences with one row, whose key and value it may write as well: split over the
+             sequence, so that few sequences fill the device too (Flash-Decoding, Dao et al. 2023),
+             then a reduction over the splits
     chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691)
 
 Sliding windows and soft-capping are parts of the kernels. A page may hold any number of tokens.
@@ -53,14 +54,19 @@ def _capped(scores, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _decode(
-    query, keys, values, pages, table_starts, rows, lengths, partial, weights, out,
-    query_row, query_head, out_row, page_stride,
+    query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
+    partial, weights, out,
+    query_row, query_head, key_row, key_head, value_row, value_head, out_row, page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one sequence, one kv head, one split of its tokens."""
+    """One program: one sequence, one kv head, one split of its tokens.
+
+    Where it WRITES, the split with the last token takes that one's key and value from the step's
+    rows, and puts them into their page.
+    """
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence)
@@ -79,9 +85,11 @@ def _decode(
     highest = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, DIM_PADDED], tl.float32)
-    for at in range(start, end, BLOCK):
+    written = length - 1 if WRITES else length
+    stop = tl.minimum(end, written)
+    for at in range(start, stop, BLOCK):
         token = at + tl.arange(0, BLOCK)
-        seen = token < end
+        seen = token < stop
         page = tl.load(table + token // TOKENS, seen, 0).to(tl.int64)
         place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
         inside = seen[:, None] & (dim < DIM)[None, :]
@@ -96,6 +104,24 @@ def _decode(
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         highest = risen
+
+    if WRITES:
+        if (start < length) & (end == length):
+            k = tl.load(key + row * key_row + kv_head * key_head + dim, dim < DIM, 0.0)
+            v = tl.load(value + row * value_row + kv_head * value_head + dim, dim < DIM, 0.0)
+            slot = tl.load(slots + row)
+            place = (slot // TOKENS).to(tl.int64) * page_stride
+            place += (slot % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
+            tl.store(keys + place + dim, k, dim < DIM)
+            tl.store(values + place + dim, v, dim < DIM)
+            score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scaling
+            score = _capped(score, softcap, CAPPED) * _LOG2E
+            risen = tl.maximum(highest, score)
+            fade = tl.exp2(highest - risen)
+            p = tl.exp2(score - risen)
+            acc = acc * fade[:, None] + p[:, None] * v.to(tl.float32)[None, :]
+            total = total * fade + p
+            highest = risen
 
     safe = tl.where(total > 0, total, 1.0)
     joined = acc / safe[:, None]
@@ -191,7 +217,8 @@ def _chunk(
 def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Put key and value [rows, kv_heads, dim] into a layer's pages at `slots` [rows].
 
-    Rows with slot -1, padding, are left out. keys and values are views [pages, tokens, kv_heads, dim] of the pool.
+    Rows with slot -1, padding, are left out. keys and values are views [pages, tokens, kv_heads,
+    dim] of the pool.
     """
     rows, heads, dim = key.shape
     _write[(rows,)](
@@ -204,24 +231,30 @@ def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots:
 
 def decode(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     keys: Tensor,
     values: Tensor,
     pages: Tensor,
     table_starts: Tensor,
     rows: Tensor,
+    slots: Tensor,
     lengths: Tensor,
     out: Tensor,
     *,
+    writes: bool,
     scaling: float,
     window: int,
     softcap: float,
     splits: int,
 ) -> None:
-    """Attend one row of each sequence over its pages.
+    """Attend one row of each sequence over its pages, and write its key and value there first if
+    `writes`, instead of `write_pages`.
 
-    query and out are [rows, heads, dim]; pages holds the block tables, that of each sequence from
-    table_starts [sequences] on; rows and lengths are [sequences]; all int32 on the device. A
-    sequence of length 0, padding, attends nothing. softcap 0 means none.
+    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim]; pages holds the
+    block tables, that of each sequence from table_starts [sequences] on; rows and lengths are
+    [sequences], slots [rows]; all int32. A sequence of length 0, padding, attends nothing. softcap
+    0 means none.
     """
     sequences, heads, dim = len(rows), query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
@@ -230,16 +263,27 @@ def decode(
     weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
     padded_dim = max(16, triton.next_power_of_2(dim))
     _decode[(sequences, kv_heads, splits)](
-        query, keys, values, pages, table_starts, rows, lengths, partial, weights, out,
-        query.stride(0), query.stride(1), out.stride(0), keys.stride(0),
+        query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
+        partial, weights, out,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
         scaling, softcap, window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
-        dim, padded_dim, 64, splits, softcap > 0,
+        dim, padded_dim, 64, splits, softcap > 0, writes,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _reduce[(sequences, heads)](
-            partial, weights, rows, out, out.stride(0), heads, dim, padded_dim, splits, num_warps=4
+            partial,
+            weights,
+            rows,
+            out,
+            out.stride(0),
+            heads,
+            dim,
+            padded_dim,
+            splits,
+            num_warps=4,
         )
 
 

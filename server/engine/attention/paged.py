@@ -93,16 +93,17 @@ class PagedBackend:
         step = self._step[self._group_of[layer]]
         assert step is not None, "a layer without attending rows was run"
         keys, values = self._views[layer]
-        write_pages(_by_row(key), _by_row(value), keys, values, step.slots)
-        rows = _by_row(query)
+        rows, key, value = _by_row(query), _by_row(key), _by_row(value)
+        if step.chunks is not None:
+            write_pages(key, value, keys, values, step.slots)
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         window = form.sliding_window or _UNBOUNDED
         softcap = form.softcap or 0.0
         if (single := step.singles) is not None:
             decode(
-                rows, keys, values,
-                step.pages, single.table_starts, single.rows, single.lengths, out,
-                scaling=form.scaling, window=window, softcap=softcap,
+                rows, key, value, keys, values,
+                step.pages, single.table_starts, single.rows, step.slots, single.lengths, out,
+                writes=step.chunks is None, scaling=form.scaling, window=window, softcap=softcap,
                 splits=_splits(len(single.rows) * self._kv_heads, single.longest),
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
