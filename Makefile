@@ -34,7 +34,8 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 # Builds of torch for GPUs bring their Triton along; elsewhere the tests interpret its kernels.
 $(VENV)/.test: $(VENV)/.serve
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps triton==3.9.0
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(PIP) --no-deps "triton==3.9.0; sys_platform == 'linux'"
 	touch $@
 
 clean:

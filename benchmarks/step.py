@@ -244,12 +244,16 @@ def main(
     report = measure(base, variants, config, sweep, ceilings)
     depth = f"{base.layers} layers, {len(variants[PRUNED].dropped(base.layers))} dropped by pruned"
     del base
-    others = _peers(shape, where, weights, layers, sweep.load) if sweep.load else ()
     title = (
         f"{shape} ({depth}), random weights, {weights} on {machine(where)['device']}, at most "
         f"{limits.tokens_per_step} tokens a step"
     )
-    _print(title, report, others, ceilings)
+    _print(title, report, ceilings)
+    others = _peers(shape, where, weights, layers, sweep.load) if sweep.load else ()
+    if report.served:
+        Console(width=160 if not sys.stdout.isatty() else None).print(
+            _peer_table(report.served, others)
+        )
     if output is not None:
         body = {
             "setting": {"title": title, "drop": drop, "steps": steps, "repeats": repeats}
@@ -424,7 +428,7 @@ def _parts(pattern: re.Pattern[str], text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _print(title: str, report: Report, peers: Sequence[PeerRun], ceilings: Ceilings) -> None:
+def _print(title: str, report: Report, ceilings: Ceilings) -> None:
     console = Console(width=160 if not sys.stdout.isatty() else None)
     console.print(title)
     console.print(describe(ceilings))
@@ -432,8 +436,6 @@ def _print(title: str, report: Report, peers: Sequence[PeerRun], ceilings: Ceili
     console.print(_decode_table(report.decode))
     if report.prefill:
         console.print(_prefill_table(report.prefill))
-    if report.served:
-        console.print(_peer_table(report.served, peers))
     for reason in report.skipped:
         console.print(f"skipped: {reason}")
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from pruning.families import FAMILIES
 from pruning.projections import MergedProjection, merge_projections
 from pruning.sublayers import wrap

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
 from server.engine.assembly import EngineConfigError, choose_attention
