@@ -10,7 +10,7 @@ shared by all variants. What attends is then said per forward call, as data::
     layer 2   rows  [ full full full ]                   the first 3 attend, the rest pass through
     layer 3                                              nobody attends: no kernel is launched
 
-This is the only file that replaces parts of a transformers model.
+This file and projections.py are the only ones that replace parts of a transformers model.
 """
 
 from __future__ import annotations

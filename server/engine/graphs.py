@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 
 import numpy as np
 import torch
@@ -36,7 +36,10 @@ from server.engine.transfer import aligned_starts, upload
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Numbers of rows of a variant that graphs are made for."""
+"""Numbers of rows that graphs of one variant alone are made for."""
+MIXED_SIZES = (4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+"""Those of each variant where several are in a step: fewer, since their combinations count. Rows of
+padding cost little beside the weights."""
 MOST_GRAPHS = 256
 """Graphs kept; a combination of rows beyond them is run kernel by kernel."""
 
@@ -67,8 +70,8 @@ class DecodeGraphs:
         self._pages = pages
         self._context = context
         device = next(model.parameters()).device
-        self._sizes = _sizes(most_rows)
-        places = len(variants) * self._sizes[-1]
+        self._largest = next((s for s in MIXED_SIZES if s >= most_rows), MIXED_SIZES[-1])
+        places = len(variants) * self._largest
         self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
         self.logits = torch.zeros(places, vocabulary, dtype=_dtype(model), device=device)
         vectors = 4 + 2 * len(variants.groups)
@@ -78,13 +81,12 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def warm_up(self, most_rows: int) -> None:
-        """Record steps of one variant alone, of up to `most_rows` rows."""
+        """Record steps of one variant alone and of each two, of up to `most_rows` rows each."""
         started = time.monotonic()
+        shapes = _usual_shapes(len(self._variants), min(most_rows, self._largest))
         # The largest first: smaller ones find room in the memory it took.
-        for size in sorted((size for size in self._sizes if size <= most_rows), reverse=True):
-            for index in range(len(self._variants)):
-                shape = tuple(size if i == index else 0 for i in range(len(self._variants)))
-                self._recorded.setdefault(shape, self._record(shape))
+        for shape in sorted(shapes, key=sum, reverse=True):
+            self._recorded[shape] = self._record(shape)
         logger.info(
             "recorded %d decode graphs in %.1f s", len(self._recorded), time.monotonic() - started
         )
@@ -108,13 +110,14 @@ class DecodeGraphs:
         """Return the padded rows of a batch of single rows, None for any other batch."""
         if len(batch.token_ids) > len(batch.sequences) or batch.scored:
             return None
-        if max(batch.variant_sequences) > self._sizes[-1]:
+        if max(batch.variant_sequences) > self._largest:
             return None
         if sum(len(group.pages) for group in batch.groups) > self._pages:
             return None
+        is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
+        sizes = MIXED_SIZES if is_mixed else SIZES
         return tuple(
-            next(size for size in (0, *self._sizes) if size >= count)
-            for count in batch.variant_sequences
+            next(size for size in (0, *sizes) if size >= count) for count in batch.variant_sequences
         )
 
     def _record(self, shape: Shape) -> _Recorded:
@@ -263,11 +266,16 @@ class InputLayout:
         return inputs[start : start + self._sizes[place]]
 
 
-def _sizes(most_rows: int) -> tuple[int, ...]:
-    """Return the sizes up to the first that holds `most_rows` rows, if there is one."""
-    return tuple(
-        size for size, before in zip(SIZES, (0, *SIZES), strict=False) if before < most_rows
-    )
+def _usual_shapes(variants: int, most_rows: int) -> Iterator[Shape]:
+    """Yield the shapes of one variant alone and of each two of them."""
+    for first in range(variants):
+        for size in SIZES:
+            if size <= most_rows:
+                yield tuple(size if i == first else 0 for i in range(variants))
+        for second in range(first):
+            for sizes in product([size for size in MIXED_SIZES if size <= most_rows], repeat=2):
+                rows = {first: sizes[0], second: sizes[1]}
+                yield tuple(rows.get(i, 0) for i in range(variants))
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
