@@ -278,7 +278,7 @@ def test_leaving_in_the_middle_of_a_stream_frees_the_pages(
         pieces = response.iter_bytes()
         next(pieces)
         assert not is_idle(live)
-    wait_until(lambda: is_idle(live), 3)
+    wait_until(lambda: is_idle(live), 10)
     assert aborted(live) == before + 2
 
 
@@ -290,7 +290,7 @@ def test_leaving_while_waiting_for_an_answer_frees_the_pages(live: LiveServer) -
     ):
         with live.client() as leaving, pytest.raises(httpx.ReadTimeout):
             leaving.post(path, json=body, headers=FULL, timeout=0.5)
-        wait_until(lambda: is_idle(live), 3)
+        wait_until(lambda: is_idle(live), 10)
     assert aborted(live) == before + 2
 
 

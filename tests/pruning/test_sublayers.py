@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from pruning.attention import GrowingAttention
+from pruning.attention import CausalAttention, GrowingAttention
 from pruning.families import FAMILIES, UnknownFamilyError, context_limit, family_of
 from pruning.sublayers import rows_attending, wrap
 from tests.pruning.tiny_models import tiny_model
@@ -105,9 +105,10 @@ def test_a_substitute_acts_on_dropped_rows_only() -> None:
     hidden = torch.randn(1, 6, 32)
     sublayer = sublayers[1]
     sublayer.substitute = lambda normed: 2 * normed
-    assert torch.equal(sublayer(hidden, 0), hidden + 2 * sublayer.norm(hidden))
+    unused = {"position_embeddings": (hidden, hidden), "attend": CausalAttention(), "layer": 1}
+    assert torch.equal(sublayer(hidden, 0, **unused), hidden + 2 * sublayer.norm(hidden))
     model.model.layers[1].attention.substitute = None
-    assert torch.equal(sublayer(hidden, 0), hidden)
+    assert torch.equal(sublayer(hidden, 0, **unused), hidden)
 
 
 def test_wrapping_twice_is_harmless() -> None:
