@@ -127,6 +127,9 @@ class Settings(BaseSettings):
         description="On a GPU, no compiled layers and no CUDA graphs: starts sooner, decodes "
         "slower.",
     )
+    prefix_caching: bool = Field(
+        True, description="Keep computed pages for prompts that begin alike, until they are needed."
+    )
 
     @field_validator("api_key")
     @classmethod
@@ -162,4 +165,5 @@ class Settings(BaseSettings):
             self.max_model_len,
             self.attention_backend,
             self.enforce_eager,
+            self.prefix_caching,
         )

@@ -272,17 +272,29 @@ class _EngineCollector(Collector):
         )
         yield self._by_variant(
             "kv_cache_used_bytes",
-            "Bytes of the pages that the variant's requests own.",
+            "Bytes of the pages that the variant's requests own, a shared page counted once.",
             ((v.name, v.kv_bytes) for v in variants),
         )
-        preemptions = CounterMetricFamily(
-            "attndrop_preemptions_total",
-            "Times a running request of the variant lost its pages and went back to the queue.",
-            labels=("model_name", "variant"),
+        yield self._by_variant(
+            "kv_cache_cached_bytes",
+            "Bytes of the pages that no request owns, kept for prompts that begin alike.",
+            ((v.name, v.cached_bytes) for v in variants),
         )
-        for variant in variants:
-            preemptions.add_metric((self._model_name, variant.name), variant.preemptions)
-        yield preemptions
+        yield self._total_by_variant(
+            "preemptions_total",
+            "Times a running request of the variant lost its pages and went back to the queue.",
+            ((v.name, v.preemptions) for v in variants),
+        )
+        yield self._total_by_variant(
+            "prefix_cache_queries_tokens_total",
+            "Prompt tokens of the requests that looked for their beginning in the prefix cache.",
+            ((v.name, v.prefix_asked_tokens) for v in variants),
+        )
+        yield self._total_by_variant(
+            "prefix_cache_hit_tokens_total",
+            "Prompt tokens that were found in the prefix cache and not computed again.",
+            ((v.name, v.prefix_hit_tokens) for v in variants),
+        )
 
     def _engine(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge(
@@ -318,6 +330,16 @@ class _EngineCollector(Collector):
         self, name: str, help_text: str, values: Iterable[tuple[str, int]]
     ) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"attndrop_{name}", help_text, labels=("model_name", "variant"))
+        for variant, value in values:
+            family.add_metric((self._model_name, variant), value)
+        return family
+
+    def _total_by_variant(
+        self, name: str, help_text: str, values: Iterable[tuple[str, int]]
+    ) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            f"attndrop_{name}", help_text, labels=("model_name", "variant")
+        )
         for variant, value in values:
             family.add_metric((self._model_name, variant), value)
         return family

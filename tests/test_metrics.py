@@ -20,10 +20,25 @@ FULL = VariantInfo("full", 30, (), kv_bytes_per_token=23_040, capacity_tokens=4_
 PRUNED = VariantInfo(
     "pruned", 15, tuple(range(15)), kv_bytes_per_token=11_520, capacity_tokens=8_000
 )
+
+
+def _idle(variant: str) -> VariantStats:
+    return VariantStats(
+        variant,
+        running=0,
+        waiting=0,
+        kv_bytes=0,
+        preemptions=0,
+        cached_bytes=0,
+        prefix_asked_tokens=0,
+        prefix_hit_tokens=0,
+    )
+
+
 IDLE = EngineStats(
     alive=True,
     pool_bytes=1_000,
-    variants=(VariantStats("full", 0, 0, 0, 0), VariantStats("pruned", 0, 0, 0, 0)),
+    variants=(_idle("full"), _idle("pruned")),
     steps=0,
     device_busy_seconds=0.0,
     device_idle_seconds=0.0,
@@ -31,7 +46,10 @@ IDLE = EngineStats(
 BUSY = EngineStats(
     alive=True,
     pool_bytes=1_000,
-    variants=(VariantStats("full", 2, 1, 500, 3), VariantStats("pruned", 4, 0, 250, 0)),
+    variants=(
+        VariantStats("full", 2, 1, 500, 3, 100, prefix_asked_tokens=80, prefix_hit_tokens=60),
+        VariantStats("pruned", 4, 0, 250, 0, 0, 0, 0),
+    ),
     steps=77,
     device_busy_seconds=40.0,
     device_idle_seconds=2.5,
@@ -163,6 +181,10 @@ def test_the_engine_is_read_at_each_scrape() -> None:
     assert seen[key("requests_waiting", variant="full")] == 1
     assert seen[key("kv_cache_used_bytes", variant="full")] == 500
     assert seen[key("preemptions_total", variant="full")] == 3
+    assert seen[key("kv_cache_cached_bytes", variant="full")] == 100
+    assert seen[key("prefix_cache_queries_tokens_total", variant="full")] == 80
+    assert seen[key("prefix_cache_hit_tokens_total", variant="full")] == 60
+    assert seen[key("prefix_cache_hit_tokens_total", variant="pruned")] == 0
     assert seen[key("kv_cache_capacity_bytes")] == 1_000
     assert seen[key("kv_cache_utilization_ratio")] == 0.75
 
@@ -202,7 +224,7 @@ def test_variants_must_be_there_and_distinct(variants: tuple[VariantInfo, ...]) 
 
 
 def test_stats_about_other_variants_are_an_error() -> None:
-    stray = EngineStats(True, 10, (VariantStats("half", 0, 0, 0, 0),), 0, 0.0, 0.0)
+    stray = EngineStats(True, 10, (_idle("half"),), 0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"\['half'\].*\['full', 'pruned'\]"):
         build(lambda: stray).render()
 

@@ -114,6 +114,7 @@ async def _collect(call: _Call, generation: Generation) -> Json:
         texts[delta.choice].append(delta.text)
         shown[delta.choice].extend(delta.shown)
         finishes[delta.choice] = delta.finish or finishes[delta.choice]
+    usage = usage.with_cached(generation.cached_tokens(count))
     return {
         **call.header("chat.completion"),
         "choices": [
@@ -149,6 +150,7 @@ async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, N
             event = {**header, "choices": [choice]}
             yield {**event, "usage": usage.json()} if with_usage and continuous else event
     if with_usage:
+        usage = usage.with_cached(generation.cached_tokens(call.body.n or 1))
         yield {**header, "choices": [], "usage": usage.json()}
 
 

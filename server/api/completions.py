@@ -169,7 +169,9 @@ async def _collect(call: _Call, generation: Generation) -> Json:
             _choice(call, index, "".join(answer.text), answer.shown, answer.finish)
             for index, answer in enumerate(_best(call, answers))
         ],
-        "usage": Usage(call.prompt_tokens, generated).json(),
+        "usage": Usage(
+            call.prompt_tokens, generated, generation.cached_tokens(call.body.drafts)
+        ).json(),
     }
 
 
@@ -199,6 +201,7 @@ async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, N
                 event["usage"] = usage.json() if continuous else None
             yield event
     if with_usage:
+        usage = usage.with_cached(generation.cached_tokens(call.body.drafts))
         yield {**call.header(), "choices": [], "usage": usage.json()}
 
 

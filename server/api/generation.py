@@ -79,6 +79,8 @@ class _Choice:
     """Set by the last delta; tokens that the engine computed beyond it are not shown."""
     ended: bool = False
     """Whether the engine has let go of it."""
+    cached_tokens: int = 0
+    """Set at the end: prompt tokens that were not computed for it."""
 
     def take(self, event: Event, service: Service) -> Iterator[Delta]:
         """Yield what an event adds."""
@@ -92,6 +94,7 @@ class _Choice:
                 yield self._token(event)
         else:
             self.ended = True
+            self.cached_tokens = event.cached_tokens
             if self.finish is None:
                 self.finish = event.reason
                 yield Delta(self.index, "", (), 0, event.reason)
@@ -216,6 +219,14 @@ class Generation:
             for i, spec in enumerate(specs)
         ]
         self._submit()
+
+    def cached_tokens(self, drafts: int) -> int:
+        """Return the prompt tokens that no choice had to compute, each prompt counted once.
+
+        Every `drafts` choices share a prompt. Known when all of them have ended.
+        """
+        cached = [choice.cached_tokens for choice in self._choices]
+        return sum(min(cached[at : at + drafts]) for at in range(0, len(cached), drafts))
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield the pieces of all choices as they come, until every choice has ended.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,13 +12,20 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
+    """Prompt tokens that were not computed again; None until all choices have ended."""
 
     def plus(self, generated: int) -> Usage:
-        return Usage(self.prompt_tokens, self.completion_tokens + generated)
+        return replace(self, completion_tokens=self.completion_tokens + generated)
 
-    def json(self) -> dict[str, int]:
+    def with_cached(self, tokens: int) -> Usage:
+        return replace(self, cached_tokens=tokens)
+
+    def json(self) -> dict[str, Any]:
+        cached = self.cached_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
         }

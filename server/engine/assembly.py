@@ -54,6 +54,8 @@ class EngineConfig:
     """`auto` takes the fastest backend that the device allows."""
     enforce_eager: bool = False
     """No compiled layers and no recorded steps: starts sooner, decodes slower on a GPU."""
+    prefix_caching: bool = True
+    """Keep the pages of what was computed, for prompts that begin alike."""
 
 
 def default_limits(device: torch.device) -> Limits:
@@ -80,7 +82,9 @@ def build_engine(
     layout = page_layout([len(group.layers) for group in variants.groups], elements)
     page_bytes = layout.page_elements * base.model.dtype.itemsize
     pages = (config.kv_cache_bytes or _default_pool_bytes(base.device)) // page_bytes
-    scheduler = Scheduler(limits, variants, layout, PagePool(pages))
+    scheduler = Scheduler(
+        limits, variants, layout, PagePool(pages), prefix_caching=config.prefix_caching
+    )
     smallest = min(scheduler.capacity(variant.name) for variant in variants)
     if smallest < min(context, layout.tokens_per_page[0]):
         raise EngineConfigError(

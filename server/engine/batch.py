@@ -10,9 +10,9 @@ numpy only: the runner moves the arrays to its device.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,10 @@ class GroupRows:
     """[rows] where each row's key and value go: page id x tokens per page + place in the page."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingRow:
-    """What the sampler must know of one row of logits."""
+    """What the sampler must know of one row of logits. Never changed; not frozen, because frozen
+    ones take four times as long to make."""
 
     params: SamplingParams
     prompt: Sequence[int]
@@ -91,56 +92,81 @@ class Batch:
 
 def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayout) -> Batch:
     """Lay out a step. `step` must not be empty."""
-    sequences = tuple(sorted(step, key=lambda s: variants.order(s.request.variant)))
+    by_variant: dict[str, list[Scheduled]] = {variant.name: [] for variant in variants}
+    for s in step:
+        by_variant[s.request.variant].append(s)
+    sequences = tuple(chain.from_iterable(by_variant.values()))
+    variant_sequences = tuple(map(len, by_variant.values()))
     counts = np.array([s.count for s in sequences], dtype=np.int64)
     starts = np.array([s.start for s in sequences], dtype=np.int64)
     query_starts = np.concatenate([[0], np.cumsum(counts)])
     owner = np.repeat(np.arange(len(sequences)), counts)
     positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
-    token_ids = [t for s in sequences for t in s.request.tokens(s.start, s.start + s.count)]
-    sources = np.full(len(owner), -1, dtype=np.int64)
-    for row, s in zip(query_starts[1:] - 1, sequences, strict=True):
-        if s.request.pending is not None and s.samples:
-            sources[row] = s.request.pending
     groups = tuple(
-        _group_rows(index, sequences, variants, layout, owner, positions)
-        for index in range(len(variants.groups))
+        _group_rows(index, sequences[:attending], layout, owner, positions)
+        for index, attending in enumerate(_attending(variants, variant_sequences))
     )
+    last_rows = query_starts[1:] - 1
     sampled = tuple(i for i, s in enumerate(sequences) if s.samples)
     score_rows, scored = _scored_rows(sequences, query_starts)
     return Batch(
         sequences=sequences,
-        token_ids=np.array(token_ids, dtype=np.int64),
-        sources=sources,
+        token_ids=np.array(_token_ids(sequences), dtype=np.int64),
+        sources=_sources(sequences, last_rows, len(owner)),
         positions=positions,
         query_starts=query_starts,
-        variant_sequences=_variant_sequences(sequences, variants),
+        variant_sequences=variant_sequences,
         lengths=starts + counts,
         attending_rows=_attending_rows(variants, groups),
         groups=groups,
-        logit_rows=np.array([query_starts[i + 1] - 1 for i in sampled] + score_rows, np.int64),
+        logit_rows=np.concatenate([last_rows[list(sampled)], np.array(score_rows, np.int64)]),
         sampled=sampled,
         sampling=tuple(_sampling_row(sequences[i]) for i in sampled),
         scored=scored,
     )
 
 
-def _variant_sequences(sequences: Sequence[Scheduled], variants: Variants) -> tuple[int, ...]:
-    counts = Counter(s.request.variant for s in sequences)
-    return tuple(counts[variant.name] for variant in variants)
+def _token_ids(sequences: Sequence[Scheduled]) -> list[int]:
+    """Return the tokens of all rows; 0 stands for those that are not known here."""
+    found: list[int] = []
+    for s in sequences:
+        if s.samples and s.count == 1:
+            found.append(s.request.last_token)
+        else:
+            found.extend(s.request.tokens(s.start, s.start + s.count))
+    return found
+
+
+def _sources(sequences: Sequence[Scheduled], last_rows: Ints, rows: int) -> Ints:
+    """Return for each row the place of its token in the step in flight, or -1."""
+    pending = np.fromiter(
+        (-1 if (p := s.request.pending) is None or not s.samples else p for s in sequences),
+        dtype=np.int64,
+        count=len(sequences),
+    )
+    sources = np.full(rows, -1, dtype=np.int64)
+    sources[last_rows] = pending
+    return sources
+
+
+def _attending(variants: Variants, variant_sequences: Sequence[int]) -> Iterator[int]:
+    """Yield for each layer group how many sequences attend: the first ones, as variants nest."""
+    for group in variants.groups:
+        yield sum(
+            count
+            for variant, count in zip(variants, variant_sequences, strict=True)
+            if variant.name in group.variants
+        )
 
 
 def _group_rows(
     index: int,
-    sequences: Sequence[Scheduled],
-    variants: Variants,
+    attending: Sequence[Scheduled],
     layout: PageLayout,
     owner: Ints,
     positions: Ints,
 ) -> GroupRows:
-    who = variants.groups[index].variants
-    attending = [s.request for s in sequences if s.request.variant in who]
-    tables = [request.pages[index] for request in attending]
+    tables = [s.request.pages[index] for s in attending]
     pages = np.frombuffer(b"".join(tables), dtype=np.int32)
     table_starts = np.cumsum([0, *map(len, tables)])
     rows = int(np.searchsorted(owner, len(attending)))
@@ -164,15 +190,14 @@ def _scored_rows(
     """Return the rows whose logits score a prompt token that was not reported yet."""
     rows: list[int] = []
     scored: list[ScoredRow] = []
-    for index, (request, start, count) in enumerate(
-        (s.request, s.start, s.count) for s in sequences
-    ):
-        if not request.scores_prompt:
+    for index, s in enumerate(sequences):
+        request = s.request
+        if request.params.prompt_logprobs is None or not request.scores_prompt:
             continue
-        first = max(start, request.num_scored_tokens)
-        last = min(start + count, len(request.prompt) - 1)
+        first = max(s.start, request.num_scored_tokens)
+        last = min(s.start + s.count, len(request.prompt) - 1)
         for position in range(first, last):
-            rows.append(int(query_starts[index]) + position - start)
+            rows.append(int(query_starts[index]) + position - s.start)
             token = request.prompt[position + 1]
             scored.append(ScoredRow(index, token, request.params.prompt_logprobs or 0))
     return rows, tuple(scored)

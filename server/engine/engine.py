@@ -116,18 +116,21 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return a snapshot; cheap, and consistent enough for monitoring."""
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        scheduler = self._scheduler
         return EngineStats(
             alive=self._alive,
             pool_bytes=self._runner.pool_bytes,
             variants=tuple(
                 VariantStats(
                     name=variant.name,
-                    running=sum(r.variant == variant.name for r in running),
-                    waiting=sum(r.variant == variant.name for r in waiting),
-                    kv_bytes=self._page_bytes
-                    * sum(_pages(r) for r in running if r.variant == variant.name),
+                    running=scheduler.running_of(variant.name),
+                    waiting=scheduler.waiting_of(variant.name),
+                    kv_bytes=self._page_bytes * scheduler.prefix_stats(variant.name).owned_pages,
                     preemptions=self._preemptions[variant.name],
+                    cached_bytes=self._page_bytes
+                    * scheduler.prefix_stats(variant.name).cached_pages,
+                    prefix_asked_tokens=scheduler.prefix_stats(variant.name).asked_tokens,
+                    prefix_hit_tokens=scheduler.prefix_stats(variant.name).hit_tokens,
                 )
                 for variant in self.variants
             ),
@@ -234,8 +237,16 @@ class Engine:
             self._launch_apart(step, error)
             return None
         self._steps += 1
-        _advance(launched.batch)
+        self._advance(launched.batch)
         return launched
+
+    def _advance(self, batch: Batch) -> None:
+        """Note that a step is on its way: what it computes, and which tokens it will bring."""
+        self._scheduler.advance(batch.sequences)
+        for scheduled in batch.sequences:
+            scheduled.request.pending = None
+        for place, index in enumerate(batch.sampled):
+            batch.sequences[index].request.pending = place
 
     def _launch_apart(self, step: Sequence[Scheduled], error: Exception) -> None:
         """Compute each request of a failed step by itself, as far as it has not ended."""
@@ -277,6 +288,8 @@ class Engine:
         request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
 
     def _commit_scores(self, batch: Batch, result: StepResult) -> None:
+        if not batch.scored:
+            return
         for index, scheduled in enumerate(batch.sequences):
             scores = tuple(
                 logprobs
@@ -304,9 +317,9 @@ class Engine:
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         del self._requests[request.id]
         self._scheduler.remove(request)
-        request.sink.put(Ended(reason, request.timeline(time.monotonic()), error))
+        request.sink.put(_ended(request, reason, time.monotonic(), error))
         if not self._scheduler.has_work:
-            self._scheduler.check()
+            self._scheduler.check_counts()
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         """Tell every request that has not ended, those still in the command queue included."""
@@ -316,17 +329,12 @@ class Engine:
             self._commands.get()()
         now = time.monotonic()
         for request in self._requests.values():
-            request.sink.put(Ended(reason, request.timeline(now), error))
+            request.sink.put(_ended(request, reason, now, error))
         self._requests.clear()
 
 
-def _advance(batch: Batch) -> None:
-    """Note that a step is on its way: what it computes, and which tokens it will bring."""
-    for scheduled in batch.sequences:
-        scheduled.request.num_computed_tokens = scheduled.start + scheduled.count
-        scheduled.request.pending = None
-    for place, index in enumerate(batch.sampled):
-        batch.sequences[index].request.pending = place
+def _ended(request: Request, reason: FinishReason, now: float, error: str | None) -> Ended:
+    return Ended(reason, request.timeline(now), error, request.cached_tokens)
 
 
 def _finish_reason(request: Request) -> FinishReason | None:
@@ -336,7 +344,3 @@ def _finish_reason(request: Request) -> FinishReason | None:
     if request.output and request.output[-1] in request.params.stop_token_ids:
         return FinishReason.STOP
     return FinishReason.LENGTH if len(request.output) == request.params.max_tokens else None
-
-
-def _pages(request: Request) -> int:
-    return sum(len(table) for table in tuple(request.pages.values()))

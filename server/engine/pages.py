@@ -13,6 +13,7 @@ Plain Python: counts and page ids, no tensors.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,22 @@ def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> P
     return PageLayout(tuple(tokens(base)), base * largest * elements_per_layer_token)
 
 
+@dataclass(slots=True, eq=False)
+class Block:
+    """The pages of as many tokens as fill whole pages in every layer group of a variant.
+
+    The smallest piece that requests share; see the prefix cache.
+    """
+
+    key: bytes
+    """Stands for the variant, the block's tokens and all tokens before them."""
+    variant: str
+    pages: tuple[array[int], ...]
+    """For each of the variant's layer groups, in order."""
+    users: int
+    """Requests whose block tables hold it."""
+
+
 class PageLeakError(AssertionError):
     """Pages were lost, shared or given back twice: a bug in the engine."""
 
@@ -95,16 +112,16 @@ class PagePool:
         self._free.extend(pages)
 
     def check(self, owned: Iterable[Iterable[int]]) -> None:
-        """Check that every page is free or owned by exactly one block table.
+        """Check that every page is free or has exactly one owner.
 
         Raises:
-            PageLeakError: pages are lost or shared.
+            PageLeakError: pages are lost, or have several owners.
         """
         owners = [0] * self.pages
         for page in self._free:
             owners[page] += 1
-        for table in owned:
-            for page in table:
+        for pages in owned:
+            for page in pages:
                 owners[page] += 1
         if any(count != 1 for count in owners):
             lost, shared = owners.count(0), sum(count > 1 for count in owners)

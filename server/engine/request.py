@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from server.engine.pages import Block
 from server.engine.stats import Timeline
 
 
@@ -93,6 +94,8 @@ class Ended:
     reason: FinishReason
     timeline: Timeline
     error: str | None = None
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there when the request was first admitted."""
 
 
 Event = TokenEvent | PromptScored | Ended
@@ -123,11 +126,26 @@ class Request:
     """Tokens whose keys and values are in the request's pages, the step in flight included."""
     pages: dict[int, array[int]] = field(default_factory=dict)
     """Layer group to block table: the page ids that hold tokens 0, 1, ... in order."""
+    page_tokens: int = 0
+    """Tokens that fit in its pages."""
+    blocks: list[Block] = field(default_factory=list)
+    """The blocks at the beginning of its block tables that it shares, or lets others share."""
+    block_end: int = 0
+    """Tokens up to the end of the first block that is not shared yet."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its first full blocks, as far as they were needed."""
+    cached_tokens: int = 0
+    """Prompt tokens that were in shared blocks when it was first admitted."""
     num_scored_tokens: int = 0
     """Prompt tokens whose log probabilities were reported, so that none is reported twice."""
     first_scheduled: float | None = None
     first_token: float | None = None
     preemptions: int = 0
+    needs_last_token: bool = field(init=False)
+    """Whether the next step must wait until the token before is known here: to be penalised."""
+
+    def __post_init__(self) -> None:
+        self.needs_last_token = self.params.uses_penalties
 
     @property
     def num_generated(self) -> int:
@@ -141,7 +159,13 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that are not computed yet."""
-        return self.num_tokens - self.num_computed_tokens
+        generated = len(self.output) + (self.pending is not None)
+        return len(self.prompt) + generated - self.num_computed_tokens
+
+    @property
+    def num_known(self) -> int:
+        """Tokens whose ids are known here: all but the pending one."""
+        return len(self.prompt) + len(self.output)
 
     @property
     def can_run(self) -> bool:
@@ -149,7 +173,7 @@ class Request:
         what has all its tokens only waits for the last one to arrive."""
         if self.pending is None:
             return True
-        return not self.params.uses_penalties and self.num_generated < self.params.max_tokens
+        return not self.needs_last_token and len(self.output) + 1 < self.params.max_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -167,6 +191,13 @@ class Request:
             *self.output[max(0, start - prompt) : max(0, end - prompt)],
         ]
         return tokens if end <= known else [*tokens, 0]
+
+    @property
+    def last_token(self) -> int:
+        """The token at the last position; 0 stands for the pending one."""
+        if self.pending is not None:
+            return 0
+        return self.output[-1] if self.output else self.prompt[-1]
 
     def timeline(self, now: float) -> Timeline:
         return Timeline(self.arrived, self.first_scheduled, self.first_token, now)

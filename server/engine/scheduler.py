@@ -6,18 +6,20 @@ are the same thing. Requests that need one token go first, so a long prompt neve
 from decoding.
 
 Two invariants hold between steps: every running request is older than every waiting one, and
-every page is free or in exactly one block table. Plain Python: no tensors, no clocks.
+every page is free, private to one block table, or in one block of the prefix cache. Plain Python:
+no tensors, no clocks. What a step costs here grows with the running requests alone, by a fraction
+of a microsecond each; see benchmarks/scheduler.py.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pruning.variants import Variants
 from server.engine.pages import PageLayout, PagePool
+from server.engine.prefix import Beginning, PrefixCache, PrefixStats
 from server.engine.request import Request
 
 
@@ -32,9 +34,12 @@ class Limits:
     waiting: int = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scheduled:
-    """A request's share of a step: tokens start to start + count - 1."""
+    """A request's share of a step: tokens start to start + count - 1. Never changed.
+
+    Not frozen: a step makes one for each request, and frozen ones take four times as long to make.
+    """
 
     request: Request
     start: int
@@ -47,14 +52,23 @@ class Scheduler:
     """FIFO admission into a set of running requests that share one page pool."""
 
     def __init__(
-        self, limits: Limits, variants: Variants, layout: PageLayout, pool: PagePool
+        self,
+        limits: Limits,
+        variants: Variants,
+        layout: PageLayout,
+        pool: PagePool,
+        *,
+        prefix_caching: bool = True,
     ) -> None:
         self.limits = limits
         self._layout = layout
         self._pool = pool
         self._groups = {variant.name: variants.groups_of(variant.name) for variant in variants}
+        self._prefixes = PrefixCache(pool, layout, self._groups, shares=prefix_caching)
         self._running: dict[Request, None] = {}  # oldest first
-        self._waiting: deque[Request] = deque()
+        self._waiting: OrderedDict[Request, None] = OrderedDict()  # oldest first
+        self._running_of = dict.fromkeys(self._groups, 0)
+        self._waiting_of = dict.fromkeys(self._groups, 0)
         self._step: dict[Request, Scheduled] = {}
         self.preempted: list[Request] = []
         """The requests that the last step preempted."""
@@ -79,21 +93,34 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
+    def running_of(self, variant: str) -> int:
+        return self._running_of[variant]
+
+    def waiting_of(self, variant: str) -> int:
+        return self._waiting_of[variant]
+
+    def prefix_stats(self, variant: str) -> PrefixStats:
+        """Return a variant's pages and prefix hits as they are counted; not to be changed."""
+        return self._prefixes.stats(variant)
+
     def capacity(self, variant: str) -> int:
         """Return how many tokens of `variant` the whole pool holds."""
         return self._layout.capacity(self._pool.pages, self._groups[variant])
 
     def add(self, request: Request) -> None:
         """Queue a new request. The caller keeps the queue within `limits.waiting`."""
-        self._waiting.append(request)
+        self._waiting[request] = None
+        self._waiting_of[request.variant] += 1
 
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it is, and free its pages."""
         if request in self._running:
             del self._running[request]
+            self._running_of[request.variant] -= 1
+            self._prefixes.release(request)
         else:
-            self._waiting.remove(request)
-        self._release(request)
+            del self._waiting[request]
+            self._waiting_of[request.variant] -= 1
 
     def schedule(self) -> tuple[Scheduled, ...]:
         """Choose the next step. Preempts the youngest requests where pages run out."""
@@ -101,83 +128,124 @@ class Scheduler:
         self._budget = self.limits.tokens_per_step
         self._scored_budget = self.limits.scored_tokens_per_step
         self.preempted = []
-        for request in sorted(self._running, key=lambda r: r.remaining > 1):
+        behind: list[Request] = []
+        for request in tuple(self._running):
+            if (remaining := request.remaining) > 1:
+                behind.append(request)
+            elif request in self._running:
+                self._continue(request, remaining)
+        for request in behind:
             if request in self._running:
-                self._continue(request)
+                self._continue(request, request.remaining)
         if not self.preempted:
             self._admit()
         return tuple(self._step.values())
 
-    def check(self) -> None:
-        """Check the page accounts.
+    def advance(self, step: Sequence[Scheduled]) -> None:
+        """Note that a step is on its way: its keys and values are there for all later steps."""
+        for scheduled in step:
+            request = scheduled.request
+            request.num_computed_tokens += scheduled.count
+            if request.num_computed_tokens >= request.block_end:
+                self._prefixes.enter(request)
+
+    def check_counts(self) -> None:
+        """Check that the numbers of free, cached and owned pages add up; cheap.
 
         Raises:
-            PageLeakError: a page is lost or has two owners.
+            PageLeakError: they do not.
         """
-        self._pool.check(table for request in self._running for table in request.pages.values())
+        self._prefixes.check_counts()
 
-    def _continue(self, request: Request) -> None:
+    def check(self) -> None:
+        """Check the page accounts, page by page.
+
+        Raises:
+            PageLeakError: a page is lost or has two owners, or a count is wrong.
+        """
+        self._prefixes.check(self.running)
+
+    def _continue(self, request: Request, remaining: int) -> None:
         """Schedule a running request, preempting others where pages run out."""
-        count = self._share(request)
-        while count and not self._fits(request, request.num_computed_tokens + count):
+        count = self._share(request, remaining)
+        if count == 0:
+            return
+        end = request.num_computed_tokens + count
+        while end > request.page_tokens and not self._grow(request, end):
             if self._preempt_youngest() is request:
                 return
-        if count:
-            self._put_in_step(request, count)
+        self._put_in_step(request, count, remaining)
 
     def _preempt_youngest(self) -> Request:
         """Take all pages from the youngest running request and put it back in front of the queue.
 
-        Its tokens stay; their keys and values are computed again when it is admitted.
+        Its tokens stay; those whose blocks are gone when it is admitted are computed again.
         """
         victim, _ = self._running.popitem()
         if undone := self._step.pop(victim, None):
             self._budget += undone.count
-        self._release(victim)
-        victim.num_computed_tokens = 0
+        self._prefixes.release(victim)
         victim.preemptions += 1
-        self._waiting.appendleft(victim)
+        self._waiting[victim] = None
+        self._waiting.move_to_end(victim, last=False)
+        self._running_of[victim.variant] -= 1
+        self._waiting_of[victim.variant] += 1
         self.preempted.append(victim)
         return victim
 
     def _admit(self) -> None:
         """Admit waiting requests in order while budget, places and pages last."""
-        while self._waiting and len(self._running) < self.limits.running:
-            request = self._waiting[0]
-            count = self._share(request)
-            if count == 0 or not self._fits(request, request.num_tokens):
+        while self._waiting and self._budget and len(self._running) < self.limits.running:
+            request = next(iter(self._waiting))
+            beginning = self._prefixes.lookup(request)
+            remaining = request.num_tokens - beginning.tokens
+            count = self._share(request, remaining)
+            if count == 0 or not self._fits(request, beginning):
                 return
-            self._running[self._waiting.popleft()] = None
-            self._put_in_step(request, count)
+            del self._waiting[request]
+            self._running[request] = None
+            self._waiting_of[request.variant] -= 1
+            self._running_of[request.variant] += 1
+            self._prefixes.admit(request, beginning)
+            self._grow(request, beginning.tokens + count)
+            self._put_in_step(request, count, remaining)
 
-    def _share(self, request: Request) -> int:
-        """Return how many tokens the request gets of what is left of this step's budgets."""
+    def _share(self, request: Request, remaining: int) -> int:
+        """Return how many of the remaining tokens this step's budgets leave for the request."""
         if not request.can_run:
             return 0
-        count = min(request.remaining, self._budget)
+        count = remaining if remaining < self._budget else self._budget
         return min(count, self._scored_budget) if request.scores_prompt else count
 
-    def _put_in_step(self, request: Request, count: int) -> None:
-        start = request.num_computed_tokens
-        for group, missing in self._missing(request, start + count):
-            request.pages.setdefault(group, array("i")).extend(self._pool.take(missing))
-        completes = start + count == request.num_tokens
-        samples = completes and request.params.max_tokens > 0
-        self._step[request] = Scheduled(request, start, count, samples)
+    def _put_in_step(self, request: Request, count: int, remaining: int) -> None:
+        """Schedule `count` of the remaining tokens. The request has pages for them."""
+        samples = count == remaining and request.params.max_tokens > 0
+        self._step[request] = Scheduled(request, request.num_computed_tokens, count, samples)
         self._budget -= count
         if request.scores_prompt:
             self._scored_budget -= count
 
-    def _fits(self, request: Request, tokens: int) -> bool:
-        return sum(missing for _, missing in self._missing(request, tokens)) <= self._pool.free
+    def _fits(self, request: Request, beginning: Beginning) -> bool:
+        """Return whether there are pages for all tokens of a waiting request."""
+        needed = sum(
+            self._layout.pages_for(request.num_tokens, group)
+            for group in self._groups[request.variant]
+        )
+        return needed - beginning.pages <= self._prefixes.available - beginning.unused_pages
 
-    def _missing(self, request: Request, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield per layer group how many pages the request lacks to hold `tokens` tokens."""
-        for group in self._groups[request.variant]:
-            owned = len(request.pages.get(group, ()))
-            yield group, max(0, self._layout.pages_for(tokens, group) - owned)
-
-    def _release(self, request: Request) -> None:
-        for table in request.pages.values():
-            self._pool.give_back(table)
-        request.pages = {}
+    def _grow(self, request: Request, tokens: int) -> bool:
+        """Give a running request the pages that it lacks to hold `tokens` tokens, if there are as
+        many, and return whether there were."""
+        tables = request.pages
+        missing = {
+            group: max(0, self._layout.pages_for(tokens, group) - len(table))
+            for group, table in tables.items()
+        }
+        if sum(missing.values()) > self._prefixes.available:
+            return False
+        for group, count in missing.items():
+            tables[group].extend(self._prefixes.take(request.variant, count))
+        request.page_tokens = min(
+            len(table) * self._layout.tokens_per_page[group] for group, table in tables.items()
+        )
+        return True

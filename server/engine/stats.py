@@ -28,9 +28,16 @@ class VariantStats:
     waiting: int
     """Requests queued: new ones and preempted ones."""
     kv_bytes: int
-    """Bytes of the pages that the variant's requests own."""
+    """Bytes of the pages that the variant's requests own, a shared page counted once."""
     preemptions: int
     """Preemptions since start."""
+    cached_bytes: int
+    """Bytes of the pages that no request owns, kept for prompts that begin alike; given to whoever
+    needs pages."""
+    prefix_asked_tokens: int
+    """Prompt tokens, since start, of requests that looked for their beginning in the cache."""
+    prefix_hit_tokens: int
+    """Those of them that were there and were not computed again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,6 @@ def metrics_url(live: LiveServer) -> Iterator[str]:
 @pytest.fixture
 def idle_metrics() -> Metrics:
     """The metrics of a server that has just started."""
-    idle = tuple(VariantStats(v.name, 0, 0, 0, 0) for v in VARIANTS)
+    idle = tuple(VariantStats(v.name, 0, 0, 0, 0, 0, 0, 0) for v in VARIANTS)
     stats = EngineStats(True, 1, idle, steps=0, device_busy_seconds=0, device_idle_seconds=0)
     return Metrics("smol", VARIANTS, plan_id="0f1e2d", version="0.0", stats=lambda: stats)
