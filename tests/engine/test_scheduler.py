@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.engine.pages import PagePool, page_layout
+from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import Event, Request, SamplingParams
 from server.engine.scheduler import Limits, Scheduled, Scheduler
 from tests.engine.tiny_engine import tiny_variants
 
-VARIANTS = tiny_variants(8, pruned={2, 3, 5, 6}, light={6})
-LIMITS = Limits(tokens_per_step=24, scored_tokens_per_step=8, running=4, waiting=100)
-PAGES = 12
+VARIANTS = tiny_variants(5, pruned={2, 3, 4}, light={4})
+LAYOUT = PageLayout(tokens_per_page=(2, 2, 4), page_elements=16)
+"""Small pages: blocks are 4 tokens of `full` and 2 of the others."""
+LIMITS = Limits(tokens_per_step=11, scored_tokens_per_step=5, running=4, waiting=100)
+PAGES = 32
 
 
 class NoSink:
@@ -21,29 +25,105 @@ class NoSink:
         raise AssertionError("the scheduler sends no events")
 
 
+def tokens_of(request: Request) -> tuple[int, ...]:
+    """Return a request's tokens, the pending one included, which the tests know beforehand."""
+    pending = () if request.pending is None else (next_token(request),)
+    return (*request.prompt, *request.output, *pending)
+
+
+def next_token(request: Request) -> int:
+    """Some requests go on alike, others do not."""
+    return 6 + len(request.prompt) % 2
+
+
+class Memory:
+    """What the pages hold: for each slot, the variant and all tokens up to its own."""
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[int, int], object] = {}
+
+    def compute(self, step: Sequence[Scheduled]) -> None:
+        """Write what a step computes and check what it reads, as the device would."""
+        for scheduled in step:
+            self._write(scheduled, tokens_of(scheduled.request))
+        for scheduled in step:
+            self._check(scheduled.request, scheduled.start + scheduled.count)
+
+    def spoil(self, step: Sequence[Scheduled]) -> None:
+        """Write nonsense where a step would write: it failed halfway."""
+        for scheduled in step:
+            self._write(scheduled, (-1,) * scheduled.request.num_tokens)
+
+    def _write(self, scheduled: Scheduled, tokens: tuple[int, ...]) -> None:
+        request = scheduled.request
+        for position in range(scheduled.start, scheduled.start + scheduled.count):
+            for slot, content in self._places(request, position, tokens):
+                self._slots[slot] = content
+
+    def _check(self, request: Request, count: int) -> None:
+        tokens = tokens_of(request)
+        for position in range(count):
+            for slot, content in self._places(request, position, tokens):
+                assert self._slots[slot] == content, f"{request.id} reads what it did not write"
+
+    def _places(
+        self, request: Request, position: int, tokens: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, int], object]]:
+        for group in VARIANTS.groups_of(request.variant):
+            size = LAYOUT.tokens_per_page[group]
+            page = request.pages[group][position // size]
+            yield (page, position % size), (group, request.variant, tokens[: position + 1])
+
+
 class Traffic(RuleBasedStateMachine):
-    """Requests arrive, are stepped as the engine would, end by themselves or are taken away."""
+    """Requests arrive, are stepped as the engine would, end by themselves or are taken away.
+
+    Many begin alike. Where steps overlap, a token is known one step after the one it came from.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layout = page_layout([len(group.layers) for group in VARIANTS.groups], 4)
-        self.scheduler = Scheduler(LIMITS, VARIANTS, self.layout, PagePool(PAGES))
+        self.memory = Memory()
         self.arrivals: dict[Request, int] = {}
         self.open: dict[Request, None] = {}
+        self.reached: dict[Request, int] = {}
         self.count = 0
+        self.in_flight: tuple[Scheduled, ...] = ()
+
+    @initialize(overlaps=st.booleans(), shares=st.sampled_from([True, True, False]))
+    def start(self, overlaps: bool, shares: bool) -> None:
+        self.overlaps = overlaps
+        self.scheduler = Scheduler(LIMITS, VARIANTS, LAYOUT, PagePool(PAGES), prefix_caching=shares)
 
     @rule(
         variant=st.sampled_from([variant.name for variant in VARIANTS]),
-        prompt=st.integers(1, 60),
-        output=st.integers(0, 30),
+        shared=st.sampled_from([0, 4, 8, 13]),
+        own=st.integers(1, 9),
+        token=st.integers(5, 8),
+        output=st.integers(0, 9),
         scored=st.booleans(),
+        penalised=st.booleans(),
     )
-    def arrive(self, variant: str, prompt: int, output: int, scored: bool) -> None:
-        if prompt + output > self.scheduler.capacity(variant):
+    def arrive(
+        self,
+        variant: str,
+        shared: int,
+        own: int,
+        token: int,
+        output: int,
+        scored: bool,
+        penalised: bool,
+    ) -> None:
+        if shared + own + output > self.scheduler.capacity(variant):
             return
         self.count += 1
-        params = SamplingParams(output, prompt_logprobs=0 if scored else None)
-        request = Request(str(self.count), (5,) * prompt, variant, params, NoSink(), 0.0)
+        params = SamplingParams(
+            output,
+            prompt_logprobs=0 if scored else None,
+            repetition_penalty=1.5 if penalised else 1.0,
+        )
+        prompt = (5,) * shared + (token,) * own
+        request = Request(str(self.count), prompt, variant, params, NoSink(), 0.0)
         self.scheduler.add(request)
         self.arrivals[request] = self.count
         self.open[request] = None
@@ -51,41 +131,96 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(list(self.open)))
-        self.scheduler.remove(request)
-        del self.open[request]
+        self.end(data.draw(st.sampled_from(list(self.open))))
 
     @rule()
     def step(self) -> None:
-        self.run(self.scheduler.schedule())
+        step = self.schedule()
+        self.launch(step)
+        self.commit(self.in_flight)
+        self.in_flight = step
+        if not self.overlaps:
+            self.commit_in_flight()
 
-    def run(self, step: tuple[Scheduled, ...]) -> None:
-        assert bool(step) == bool(self.open), "work stands still"
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """A step fails halfway; one request of it ends and the others are computed one by one."""
+        step = self.schedule()
+        self.memory.spoil(step)
+        self.commit_in_flight()
+        guilty = data.draw(st.sampled_from([None, *step]))
+        for scheduled in step:
+            if scheduled is guilty and scheduled.request in self.open:
+                self.end(scheduled.request)
+            elif scheduled.request in self.open:
+                self.launch((scheduled,))
+                self.commit((scheduled,))
+
+    def schedule(self) -> tuple[Scheduled, ...]:
+        step = self.scheduler.schedule()
+        if not self.in_flight:
+            assert bool(step) == bool(self.open), "work stands still"
         assert sum(s.count for s in step) <= LIMITS.tokens_per_step
         assert len({s.request for s in step}) == len(step)
         for scheduled in step:
-            self.commit(scheduled)
+            request = scheduled.request
+            assert scheduled.start == request.num_computed_tokens
+            assert 1 <= scheduled.count <= request.remaining
+            end = scheduled.start + scheduled.count
+            for group in VARIANTS.groups_of(request.variant):
+                assert len(request.pages[group]) >= LAYOUT.pages_for(end, group)
+        return step
 
-    def commit(self, scheduled: Scheduled) -> None:
-        request = scheduled.request
-        assert scheduled.start == request.num_computed_tokens
-        assert 1 <= scheduled.count <= request.remaining
-        end = scheduled.start + scheduled.count
-        for group in VARIANTS.groups_of(request.variant):
-            assert len(request.pages[group]) >= self.layout.pages_for(end, group)
-        request.num_computed_tokens = end
-        request.num_scored_tokens = max(
-            request.num_scored_tokens, min(end, len(request.prompt) - 1)
-        )
-        if scheduled.samples:
-            request.output.append(7)
-        if request.remaining <= 1 and len(request.output) == request.params.max_tokens:
-            self.scheduler.remove(request)
-            del self.open[request]
+    def launch(self, step: tuple[Scheduled, ...]) -> None:
+        self.memory.compute(step)
+        for scheduled in step:
+            request, reached = scheduled.request, self.reached.get(scheduled.request, 0)
+            assert scheduled.start <= reached or not request.scores_prompt, "a token goes unscored"
+            self.reached[request] = max(reached, scheduled.start + scheduled.count)
+        self.scheduler.advance(step)
+        for place, scheduled in enumerate(step):
+            scheduled.request.pending = place if scheduled.samples else None
+
+    def commit_in_flight(self) -> None:
+        self.commit(self.in_flight)
+        self.in_flight = ()
+
+    def commit(self, step: tuple[Scheduled, ...]) -> None:
+        for place, scheduled in enumerate(step):
+            request = scheduled.request
+            if request not in self.open:
+                continue
+            if scheduled.samples:
+                if request.pending == place:
+                    request.pending = None
+                request.output.append(next_token(request))
+            end = scheduled.start + scheduled.count
+            request.num_scored_tokens = max(
+                request.num_scored_tokens, min(end, len(request.prompt) - 1)
+            )
+            wanted = request.params.max_tokens
+            if len(request.output) == wanted and (wanted or request.remaining == 0):
+                self.end(request)
+
+    def end(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        del self.open[request]
 
     @invariant()
     def pages_have_one_owner(self) -> None:
         self.scheduler.check()
+
+    @invariant()
+    def pages_are_counted(self) -> None:
+        """A shared page is counted once, and never for another variant."""
+        running = self.scheduler.running
+        for variant in VARIANTS:
+            own = [request for request in running if request.variant == variant.name]
+            pages = {page for r in own for table in r.pages.values() for page in table}
+            assert self.scheduler.prefix_stats(variant.name).owned_pages == len(pages)
+            assert self.scheduler.running_of(variant.name) == len(own)
+            waiting = sum(r.variant == variant.name for r in self.scheduler.waiting)
+            assert self.scheduler.waiting_of(variant.name) == waiting
 
     @invariant()
     def a_variant_owns_pages_of_its_groups_only(self) -> None:
@@ -106,7 +241,7 @@ class Traffic(RuleBasedStateMachine):
         bound = sum(request.num_tokens + request.params.max_tokens for request in self.open) * 20
         for _ in range(bound):
             if self.open:
-                self.run(self.scheduler.schedule())
+                self.step()
         assert not self.open, "requests starve"
         assert not self.scheduler.has_work
         self.scheduler.check()
@@ -117,9 +252,7 @@ TestTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadli
 
 
 def test_decoding_goes_before_long_prompts() -> None:
-    scheduler = Scheduler(
-        Limits(tokens_per_step=8), VARIANTS, page_layout([4, 3, 1], 4), PagePool(64)
-    )
+    scheduler = Scheduler(Limits(tokens_per_step=8), VARIANTS, LAYOUT, PagePool(200))
     long = Request("long", (5,) * 100, "full", SamplingParams(4), NoSink(), 0.0)
     short = Request("short", (5,) * 3, "pruned", SamplingParams(4), NoSink(), 0.0)
     scheduler.add(short)
