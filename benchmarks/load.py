@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -55,6 +56,8 @@ class Timed:
 
     sent: float
     tokens: tuple[float, ...]
+    cached_tokens: int = 0
+    """Of its prompt, as the server's usage says."""
 
     @property
     def first(self) -> float:
@@ -119,28 +122,45 @@ async def _one_request(
     not_before: float,
 ) -> Timed:
     await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
+    async with places:
+        return await send(client, variant, prompt, output_tokens)
+
+
+async def send(
+    client: httpx.AsyncClient, variant: str, prompt: list[int], output_tokens: int
+) -> Timed:
+    """Send one streamed request and note when its tokens arrive.
+
+    Raises:
+        RuntimeError: the answer was an error or had another number of tokens.
+    """
     body = {
         "prompt": prompt,
         "max_tokens": output_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
-    async with places:
-        sent = time.perf_counter()
-        arrived: list[float] = []
-        async with client.stream(
-            "POST", "/v1/completions", json=body, headers={VARIANT_HEADER: variant}
-        ) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    if "error" in json.loads(line[6:]):
-                        raise RuntimeError(line)
-                    arrived.append(time.perf_counter())
+    sent = time.perf_counter()
+    arrived: list[float] = []
+    usage: dict[str, Any] = {}
+    async with client.stream(
+        "POST", "/v1/completions", json=body, headers={VARIANT_HEADER: variant}
+    ) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise RuntimeError(line)
+            if event["choices"]:
+                arrived.append(time.perf_counter())
+            usage = event["usage"] or usage
     if len(arrived) != output_tokens:
         raise RuntimeError(f"{len(arrived)} tokens arrived where {output_tokens} were asked for")
-    return Timed(sent, tuple(arrived))
+    return Timed(sent, tuple(arrived), usage["prompt_tokens_details"]["cached_tokens"])
 
 
 class _KvWatch:

@@ -68,7 +68,8 @@ def main(
         Load(requests * at_once, at_once, prompt_tokens, output_tokens, 10_000, rate)
         for at_once in map(int, concurrency.split(","))
     ]
-    options = ["--model", model, "--drop", drop, "--dtype", dtype]
+    # Each run sends the prompts of the run before, which the peer would compute again.
+    options = ["--model", model, "--drop", drop, "--dtype", dtype, "--no-prefix-caching"]
     with running_server(url, options) as address:
         rows = _served(address, variants.split(","), loads, repeats)
     if peer:

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.api.calls import FULL, PROMPT, complete, error_of, events, stream, tokens_of
+from tests.live import LiveServer
 
 EMOJI_PROMPT = "🎉🥳🎉🥳🎉🥳🎉🥳🎉🥳"
 
@@ -38,7 +39,12 @@ def test_a_text_and_its_tokens_are_the_same_prompt(http: httpx.Client) -> None:
 def test_no_prompt_begins_a_text(http: httpx.Client, prompt: str | None) -> None:
     answer = complete(http, prompt=prompt, max_tokens=2, echo=True, logprobs=0)
     logprobs = answer["choices"][0]["logprobs"]
-    assert answer["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    assert answer["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+        "total_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert len(logprobs["tokens"]) == 3
     assert logprobs["text_offset"][:2] == [0, 0]
 
@@ -269,10 +275,31 @@ def test_usage_comes_last_or_with_every_event(http: httpx.Client) -> None:
     *tokens, last = stream(http, max_tokens=3, stream_options={"include_usage": True})
     assert [event["usage"] for event in tokens] == [None] * 3
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert last["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 3,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     both = {"include_usage": True, "continuous_usage_stats": True}
     found = stream(http, max_tokens=3, stream_options=both)
     assert [event["usage"]["completion_tokens"] for event in found] == [1, 2, 3, 3]
+
+
+def test_cached_tokens_of_a_prompt_that_came_before(http: httpx.Client, live: LiveServer) -> None:
+    asked = {"prompt": list(range(400, 520)), "max_tokens": 2, "ignore_eos": True}
+    hits = "attndrop_prefix_cache_hit_tokens_total"
+    before = live.metric(hits, variant="pruned")
+    first, second = (complete(http, **asked) for _ in range(2))
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 90 <= cached < 120
+    assert text_of(second) == text_of(first)
+    *_, last = stream(http, **asked, n=2, stream_options={"include_usage": True})
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": cached}
+    assert live.metric(hits, variant="pruned") == before + 3 * cached
+    other = complete(http, FULL, **asked)
+    assert other["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 def test_a_stream_of_several_choices_says_which_is_which(http: httpx.Client) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import cache
+from math import lcm
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,64 @@ def test_prompt_scores_survive_chunks_and_preemption(tight: Engine) -> None:
         torch.testing.assert_close(
             torch.tensor(recorder(request).scores).double(), scores, rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("pages", [24, 200], ids=["evicting", "roomy"])
+def test_shared_beginnings_give_the_reference_tokens(pages: int, overlaps: bool) -> None:
+    """Prompts that begin alike, in all variants, one after the other and together."""
+    engine = tiny_engine(VARIANTS, pages=pages, limits=TIGHT, overlaps=overlaps)
+    beginnings = [prompt_of(seed, 48) for seed in (1, 2)]
+    rounds = [
+        [
+            new.request((*beginning[:cut], *prompt_of(100 + cut, own)), variant, max_tokens=10)
+            for beginning in beginnings
+            for variant in DROPPED
+        ]
+        for cut, own in [(48, 3), (48, 3), (48, 9), (40, 8), (48, 3)]
+    ]
+    for requests in rounds:
+        engine.submit(requests)
+        for request in requests:
+            assert recorder(request).wait().reason is FinishReason.LENGTH
+            tokens = expected("llama", request.variant, request.prompt, 10)
+            assert recorder(request).tokens == tokens
+    stats = engine.stats().variants
+    engine._commands.put(engine._scheduler.check)
+    engine.stop()
+    assert idle(engine)
+    assert all(v.prefix_hit_tokens > 0 for v in stats) or pages == 24
+    assert sum(v.prefix_hit_tokens for v in stats) > 0
+    assert sum(v.cached_bytes for v in stats) > 0
+
+
+def test_cached_tokens_are_told_and_counted_by_variant() -> None:
+    engine = tiny_engine(VARIANTS, pages=200)
+    block = lcm(*(engine._layout.tokens_per_page[g] for g in VARIANTS.groups_of("light")))
+    prompt = prompt_of(1, 3 * block + 1)
+    asked = [("light", 0), ("light", 3 * block), ("pruned", 0)]
+    for variant, cached in asked:
+        request = new.request(prompt, variant, max_tokens=2)
+        engine.submit([request])
+        assert recorder(request).wait().cached_tokens == cached
+    by_name = {v.name: v for v in engine.stats().variants}
+    assert by_name["light"].prefix_asked_tokens == 2 * len(prompt)
+    assert by_name["light"].prefix_hit_tokens == 3 * block
+    assert by_name["pruned"].prefix_hit_tokens == by_name["full"].prefix_asked_tokens == 0
+    engine.stop()
+
+
+def test_without_prefix_caching_nothing_is_kept() -> None:
+    base = wrapped(tiny_model(layers=LAYERS).double())
+    config = EngineConfig(kv_cache_bytes=1 << 20, prefix_caching=False)
+    engine = build_engine(base, VARIANTS, config)
+    engine.start()
+    for _ in range(2):
+        request = new.request(prompt_of(1, 60), "pruned", max_tokens=2)
+        engine.submit([request])
+        assert recorder(request).wait().cached_tokens == 0
+    assert all(v.cached_bytes == v.prefix_hit_tokens == 0 for v in engine.stats().variants)
+    engine.stop()
 
 
 def test_no_tokens_asked_for() -> None:
