@@ -10,7 +10,7 @@ numpy only: the runner moves the arrays to its device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pruning.variants import Variants
 from server.engine.pages import PageLayout
-from server.engine.request import SamplingParams
+from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduled
 
 Ints = NDArray[np.int64]
@@ -121,7 +121,7 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         groups=groups,
         logit_rows=np.concatenate([last_rows[list(sampled)], np.array(score_rows, np.int64)]),
         sampled=sampled,
-        sampling=tuple(_sampling_row(sequences[i]) for i in sampled),
+        sampling=tuple(_sampling_rows(s.request for s in sequences if s.samples)),
         scored=scored,
     )
 
@@ -203,6 +203,7 @@ def _scored_rows(
     return rows, tuple(scored)
 
 
-def _sampling_row(scheduled: Scheduled) -> SamplingRow:
-    request = scheduled.request
-    return SamplingRow(request.params, request.prompt, request.output, request.num_generated)
+def _sampling_rows(requests: Iterable[Request]) -> Iterator[SamplingRow]:
+    for r in requests:
+        generated = len(r.output) + (r.pending is not None)
+        yield SamplingRow(r.params, r.prompt, r.output, generated)

@@ -212,17 +212,19 @@ class Scheduler:
 
     def _share(self, request: Request, remaining: int) -> int:
         """Return how many of the remaining tokens this step's budgets leave for the request."""
-        if not request.can_run:
+        if request.pending is not None and not request.can_run:
             return 0
         count = remaining if remaining < self._budget else self._budget
-        return min(count, self._scored_budget) if request.scores_prompt else count
+        if request.params.prompt_logprobs is not None and request.scores_prompt:
+            return min(count, self._scored_budget)
+        return count
 
     def _put_in_step(self, request: Request, count: int, remaining: int) -> None:
         """Schedule `count` of the remaining tokens. The request has pages for them."""
         samples = count == remaining and request.params.max_tokens > 0
         self._step[request] = Scheduled(request, request.num_computed_tokens, count, samples)
         self._budget -= count
-        if request.scores_prompt:
+        if request.params.prompt_logprobs is not None and request.scores_prompt:
             self._scored_budget -= count
 
     def _fits(self, request: Request, beginning: Beginning) -> bool:
