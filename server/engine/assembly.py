@@ -159,7 +159,6 @@ def _paged_runner(
         attend,
         backend,
         variants,
-        pages=len(pool),
         most_rows=limits.running,
         vocabulary=int(base.model.config.get_text_config().vocab_size),
         context=context,

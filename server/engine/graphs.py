@@ -43,6 +43,10 @@ padding cost little beside the weights."""
 MOST_GRAPHS = 256
 """Graphs kept; a combination of rows beyond them is run kernel by kernel."""
 
+TABLE_ENTRIES = 1 << 22
+"""Page ids that a step's block tables may hold together, a shared page once for each of its users:
+16 MiB on the device."""
+
 Shape = tuple[int, ...]
 """Padded rows of each variant."""
 
@@ -57,17 +61,15 @@ class DecodeGraphs:
         backend: PagedBackend,
         variants: Variants,
         *,
-        pages: int,
         most_rows: int,
         vocabulary: int,
         context: int,
     ) -> None:
-        """`attend` is what the model is given, over `backend`; pages are those of the pool."""
+        """`attend` is what the model is given, over `backend`."""
         self._model = model
         self._attend = attend
         self._backend = backend
         self._variants = variants
-        self._pages = pages
         self._context = context
         device = next(model.parameters()).device
         self._largest = next((s for s in MIXED_SIZES if s >= most_rows), MIXED_SIZES[-1])
@@ -75,7 +77,8 @@ class DecodeGraphs:
         self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
         self.logits = torch.zeros(places, vocabulary, dtype=_dtype(model), device=device)
         vectors = 4 + 2 * len(variants.groups)
-        self._inputs = torch.zeros(vectors * (places + 4) + pages, dtype=torch.int32, device=device)
+        size = vectors * (places + 4) + TABLE_ENTRIES
+        self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
         self._recorder = _Recorder(device)
         self._recorded: dict[Shape, _Recorded] = {}
 
@@ -112,7 +115,7 @@ class DecodeGraphs:
             return None
         if max(batch.variant_sequences) > self._largest:
             return None
-        if sum(len(group.pages) for group in batch.groups) > self._pages:
+        if sum(len(group.pages) for group in batch.groups) > TABLE_ENTRIES:
             return None
         is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
         sizes = MIXED_SIZES if is_mixed else SIZES

@@ -69,6 +69,25 @@ def test_mixed_chunked_batches_give_the_reference_tokens(family: str) -> None:
         assert recorder(request).tokens == greedy(model, request.prompt, 6)
 
 
+def test_shared_beginnings_in_recorded_steps_give_the_reference_tokens() -> None:
+    """More page ids in the block tables than there are pages: requests share their beginning."""
+    engine = fast_engine(VARIANTS, pages=12, limits=Limits(running=4))
+    beginning = prompt_of(1, 64)
+    rounds = [
+        [new.request((*beginning, 5 + own), "pruned", max_tokens=6) for own in range(count)]
+        for count in (1, 4)
+    ]
+    for requests in rounds:
+        finish(engine, requests)
+    found = {v.name: v.prefix_hit_tokens for v in engine.stats().variants}
+    preemptions = sum(v.preemptions for v in engine.stats().variants)
+    engine.stop()
+    assert (found["pruned"], preemptions) == (4 * 64, 0)
+    model = silenced(tiny_model("llama", layers=LAYERS).double(), DROPPED["pruned"])
+    for request in (request for requests in rounds for request in requests):
+        assert recorder(request).tokens == greedy(model, request.prompt, 6)
+
+
 def test_sampling_from_recorded_steps_equals_the_reference_engine() -> None:
     """Random numbers, bias, bans, penalties and log probabilities, beside plain greedy rows."""
     asked: list[dict[str, object]] = [
