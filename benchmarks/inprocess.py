@@ -16,13 +16,15 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 
@@ -39,6 +41,8 @@ _PATIENCE = 600.0
 
 _SLACK = 32
 """Tokens that requests may generate beyond a window, so that none ends before it was looked at."""
+
+Result = TypeVar("Result")
 
 Mix = Mapping[str, int]
 """How many requests of each variant."""
@@ -182,12 +186,18 @@ class _Watch:
             raise RuntimeError(f"a request failed: {end}")
 
 
+def passing(work: Callable[[], Result]) -> Result:
+    """Do work on a thread that ends: its OpenMP team would slow down that of the engine."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
 @contextmanager
 def running(base: BaseModel, variants: Variants, config: EngineConfig) -> Iterator[Running]:
     """Yield a started engine and stop it afterwards."""
     limits = config.limits or default_limits(base.device)
     before = time.monotonic()
-    engine = build_engine(base, variants, config)
+    engine = passing(lambda: build_engine(base, variants, config))
     seconds = time.monotonic() - before
     engine.start()
     try:

@@ -25,6 +25,7 @@ from pruning.cli import plan_app, progress_bars
 from pruning.importance import ImportanceError
 from pruning.loading import ModelError
 from pruning.plan import PlanError
+from pruning.quantised import QuantisationError
 from pruning.variants import VariantError
 from server import __version__
 from server.config import Settings
@@ -40,6 +41,7 @@ USER_ERRORS = (
     ImportanceError,
     VariantError,
     EngineConfigError,
+    QuantisationError,
     UnknownDecoderError,
     SettingsError,
     AddressError,

@@ -13,10 +13,12 @@ Plain Python: counts and page ids, no tensors.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_SMALL_WASTE = 0.02
 DEFAULT_PAGE_TOKENS = 16
 """Tokens in a page of the largest layer group, at the least."""
 
@@ -47,14 +49,15 @@ class PageLayout:
 
 
 def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> PageLayout:
-    """Choose the page size that wastes least over all layer groups.
+    """Choose the page size that wastes little over all layer groups.
 
     Args:
         group_layers: the number of layers in each group.
         elements_per_layer_token: elements of K and V that one layer keeps for one token.
 
-    The largest group gets between 16 and 31 tokens a page; among those, the size that leaves the
-    smallest share of a page unused in any group wins, the smaller one on ties.
+    The largest group gets between 16 and 31 tokens a page. Among the sizes that leave at most
+    `_SMALL_WASTE` of a page unused in any group (or, if none does, the least), the one wins whose
+    pages of all groups end together soonest, so that short beginnings can be shared.
     """
     largest = max(group_layers)
 
@@ -65,7 +68,12 @@ def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> P
         fills = zip(tokens(base), group_layers, strict=True)
         return max(1 - count * layers / (base * largest) for count, layers in fills)
 
-    base = min(range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS), key=lambda b: (waste(b), b))
+    bases = range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS)
+    allowed = max(_SMALL_WASTE, min(waste(base) for base in bases))
+    base = min(
+        (base for base in bases if waste(base) <= allowed),
+        key=lambda base: (math.lcm(*tokens(base)), waste(base)),
+    )
     return PageLayout(tuple(tokens(base)), base * largest * elements_per_layer_token)
 
 

@@ -17,7 +17,12 @@ def test_half_dropped_holds_exactly_twice_the_tokens() -> None:
 
 def test_smaller_groups_hold_more_tokens_a_page() -> None:
     assert page_layout([22, 8], 1).tokens_per_page == (16, 44)
-    assert page_layout([23, 7], 1).tokens_per_page == (21, 69)
+    assert page_layout([15, 15], 1).tokens_per_page == (16, 16)
+
+
+def test_pages_end_together_soon_where_that_wastes_little() -> None:
+    # 21 and 69 would waste nothing, and end together after 483 tokens.
+    assert page_layout([23, 7], 1).tokens_per_page == (16, 52)
 
 
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=6), st.integers(1, 4096))
