@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.inprocess import decode, machine, passing, prefill, running
 from pruning.calibration import calibrate
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.quantised import quantise
+from pruning.quantised import EightBitHead, four_bit_layers, quantise
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
 
@@ -101,7 +101,8 @@ def _quality(base: BaseModel, tokens: Tensor, exact: list[Tensor]) -> tuple[floa
     """Return perplexity, KL and agreement, four-bit layers on the kernel of few rows."""
     loss = kl = agreed = 0.0
     for window, true in zip(tokens, exact, strict=True):
-        with patch("pruning.quantised._FEW_ROWS", len(window)):
+        few = patch.multiple("pruning.quantised", _FEW_ROWS=len(window), _FEW_HEAD_ROWS=len(window))
+        with few:
             found = _logprobs(base, window)
         loss -= float(found.gather(1, window[1:, None]).sum())
         kl += float((true.exp() * (true - found)).sum())
@@ -148,15 +149,13 @@ def _row(
 def _weight_bytes(base: BaseModel) -> int:
     """Return the bytes of the decoder layers' weights and the head, as a step of one row reads."""
     model: Any = base.model
-    total = model.get_output_embeddings().weight.nbytes
-    for layer in model.get_decoder().layers:
-        names = {name for name, _ in layer.named_buffers()}
-        packed = {name.rsplit(".", 1)[0] for name in names if name.endswith("packed")}
-        for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-            owner, _, last = name.rpartition(".")
-            if not (owner in packed and last == "weight"):
-                total += tensor.nbytes
-    return int(total)
+    head = model.get_output_embeddings()
+    total = int(head.step_bytes if isinstance(head, EightBitHead) else head.weight.nbytes)
+    layers = model.get_decoder().layers
+    total += sum(parameter.nbytes for parameter in layers.parameters())
+    # Parts of one product are found through each of them.
+    quantised = {id(linear): linear for linear in four_bit_layers(model)}
+    return int(total + sum(linear.step_bytes for linear in quantised.values()))
 
 
 def _print(rows: list[Row], batches: list[int]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class MergedProjection(nn.Module):
@@ -54,7 +54,7 @@ def merge_projections(model: PreTrainedModel) -> int:
     merged = 0
     for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
         for module in list(layer.modules()):
-            for names in _SAME_INPUT:
+            for names in SAME_INPUT:
                 parts = [getattr(module, name, None) for name in names]
                 if all(type(part) is nn.Linear for part in parts):
                     _merge(module, names, [p for p in parts if isinstance(p, nn.Linear)])

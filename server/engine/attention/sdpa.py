@@ -42,7 +42,11 @@ class _Prepared:
     single_lengths: Tensor
     single_span: int
     """The longest of `single_lengths`."""
+    are_equal: bool
+    """Whether all of `single_lengths` are the same."""
     chunks: tuple[_Chunk, ...]
+    masks: dict[int | None, Tensor | None]
+    """By sliding window: what `single_rows` see, made for the first layer that needs it."""
 
 
 class SdpaBackend:
@@ -72,9 +76,12 @@ class SdpaBackend:
         keys, values = self._views[layer]
         keys[step.pages, step.offsets] = key[0].transpose(0, 1)
         values[step.pages, step.offsets] = value[0].transpose(0, 1)
+        if not step.chunks:
+            return _attend_singles(step, query[0].transpose(0, 1), keys, values, form)[None]
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         if len(step.single_rows):
-            out[0, step.single_rows] = _attend_singles(step, query, keys, values, form)
+            rows = query[0].transpose(0, 1)[step.single_rows]
+            out[0, step.single_rows] = _attend_singles(step, rows, keys, values, form)
         for chunk in step.chunks:
             out[:, chunk.start : chunk.end] = _attend_chunk(chunk, query, keys, values, form)
         return out
@@ -94,6 +101,8 @@ class SdpaBackend:
             single_tables=tables[self._to_device(singles), : -(-span // tokens)],
             single_lengths=self._to_device(lengths[singles]),
             single_span=span,
+            are_equal=bool((lengths[singles] == span).all()),
+            masks={},
             chunks=tuple(
                 _Chunk(
                     int(starts[i]),
@@ -118,23 +127,33 @@ def _padded(group: GroupRows) -> NDArray[np.int64]:
 
 
 def _attend_singles(
-    step: _Prepared, query: Tensor, keys: Tensor, values: Tensor, form: AttentionForm
+    step: _Prepared, rows: Tensor, keys: Tensor, values: Tensor, form: AttentionForm
 ) -> Tensor:
-    """Attend the sequences with one row, as one padded batch; return [sequences, heads, dim]."""
+    """Attend the sequences with one row, as one padded batch; rows and what is returned are
+    [sequences, heads, dim]."""
     span = step.single_span
-    positions = torch.arange(span, device=query.device)
-    visible = positions < step.single_lengths[:, None]
-    if form.sliding_window is not None:
-        visible &= positions >= step.single_lengths[:, None] - form.sliding_window
-    rows = query[0].transpose(0, 1)[step.single_rows][:, :, None]
+    if form.sliding_window not in step.masks:
+        step.masks[form.sliding_window] = _visible(step, form.sliding_window)
     out = biased_attention(
-        rows,
+        rows[:, :, None],
         _gather(keys, step.single_tables, span),
         _gather(values, step.single_tables, span),
-        visible[:, None, None],
+        step.masks[form.sliding_window],
         form,
     )
     return out[:, 0]
+
+
+def _visible(step: _Prepared, window: int | None) -> Tensor | None:
+    """Return what rows of their own see, [sequences, 1, 1, span]; None if that is everything."""
+    if step.are_equal and (window is None or window >= step.single_span):
+        return None
+    lengths = step.single_lengths[:, None]
+    positions = torch.arange(step.single_span, device=lengths.device)
+    visible = positions < lengths
+    if window is not None:
+        visible &= positions >= lengths - window
+    return visible[:, None, None]
 
 
 def _attend_chunk(
