@@ -17,8 +17,10 @@ import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-_SMALL_WASTE = 0.02
+_LONG = 1024
+"""Tokens after which few prompts still begin alike."""
 DEFAULT_PAGE_TOKENS = 16
 """Tokens in a page of the largest layer group, at the least."""
 
@@ -49,32 +51,39 @@ class PageLayout:
 
 
 def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> PageLayout:
-    """Choose the page size that wastes little over all layer groups.
+    """Choose how many tokens a page holds in each layer group.
 
     Args:
         group_layers: the number of layers in each group.
         elements_per_layer_token: elements of K and V that one layer keeps for one token.
 
-    The largest group gets between 16 and 31 tokens a page. Among the sizes that leave at most
-    `_SMALL_WASTE` of a page unused in any group (or, if none does, the least), the one wins whose
-    pages of all groups end together soonest, so that short beginnings can be shared.
+    The largest group gets between 16 and 31 tokens a page, the others as many as fit or a few
+    less. Two things cost: the share of a page pool that a request of all groups leaves unused, and
+    the tokens after which the pages of all groups end together, below which no beginning can be
+    shared. 64 tokens weigh as much as 1 % of the pool; from `_LONG` on they do not matter more.
     """
     largest = max(group_layers)
 
-    def tokens(base: int) -> list[int]:
-        return [base * largest // layers for layers in group_layers]
+    def cost(base: int, tokens: Sequence[int]) -> tuple[float, int]:
+        used = sum(base * largest / count for count in tokens)
+        return 100 * (1 - sum(group_layers) / used) + min(math.lcm(*tokens), _LONG) / 64, base
 
-    def waste(base: int) -> float:
-        fills = zip(tokens(base), group_layers, strict=True)
-        return max(1 - count * layers / (base * largest) for count, layers in fills)
-
-    bases = range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS)
-    allowed = max(_SMALL_WASTE, min(waste(base) for base in bases))
-    base = min(
-        (base for base in bases if waste(base) <= allowed),
-        key=lambda base: (math.lcm(*tokens(base)), waste(base)),
+    layouts = (
+        (base, tokens)
+        for base in range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS)
+        for tokens in product(*(_choices(base, base * largest // n) for n in group_layers))
     )
-    return PageLayout(tuple(tokens(base)), base * largest * elements_per_layer_token)
+    base, tokens = min(layouts, key=lambda layout: cost(*layout))
+    return PageLayout(tokens, base * largest * elements_per_layer_token)
+
+
+def _choices(base: int, most: int) -> Sequence[int]:
+    """Return what a group may hold: the most that fits, and fewer that end with other groups. The
+    largest group fills its pages."""
+    if most == base:
+        return (base,)
+    steps = (base, base // 2, base // 4)
+    return tuple({most, *(most // step * step for step in steps if most >= step)})
 
 
 @dataclass(slots=True, eq=False)
