@@ -31,7 +31,7 @@ from pruning.plan import (
     PlanCache,
     PlanError,
     PlanRequest,
-    parse_drop,
+    parse_layers,
     plan_json,
     read_plan,
     write_plan,
@@ -97,12 +97,12 @@ def compute(
     """Measure every layer's importance and write a plan."""
     with _user_errors():
         request = PlanRequest(
-            calibration_spec, samples, length, seed, strategy, _parse_layers(protect)
+            calibration_spec, samples, length, seed, strategy, parse_layers(protect)
         )
         base = load_base_model(model, dtype=dtype, device=device)
         with progress_bars() as progress:
             plan, origin = _measured(base, request, progress, force)
-        _deliver(_dropping(plan, drop), output, origin)
+        _deliver(plan.dropping(drop or DEFAULT_DROP), output, origin)
 
 
 @plan_app.command()
@@ -114,7 +114,7 @@ def show(
     with _user_errors():
         path = Path(plan)
         found = read_plan(path) if path.is_file() else plan_cache().latest(plan)
-        found = _dropping(found, drop)
+        found = found if drop is None else found.dropping(drop)
     console = Console()
     console.print(_heading(found), highlight=False, markup=False)
     console.print(_table(found))
@@ -142,7 +142,7 @@ def export_llm_drop(
 ) -> None:
     """Write the layers a plan drops into a checkpoint's config.json, for LLM-Drop's own code."""
     with _user_errors():
-        chosen = _dropping(read_plan(plan), drop)
+        chosen = read_plan(plan) if drop is None else read_plan(plan).dropping(drop)
         write_drop_lists(config, chosen)
     _say(f"wrote {len(chosen.dropped_layers())} dropped layers of plan {chosen.id} into {config}")
 
@@ -160,19 +160,6 @@ def _measured(
     if force:
         return cache.compute(base, request, progress), "computed"
     return cache.load_or_compute(base, request, progress)
-
-
-def _dropping(plan: Plan, drop: str | None) -> Plan:
-    if drop is None:
-        return plan
-    return plan.with_drop(parse_drop(drop, layers=plan.model.layers, most=len(plan.ranking)))
-
-
-def _parse_layers(text: str) -> frozenset[int]:
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise PlanError(f"--protect must be layer indices like '1,2,29', not {text!r}")
-    return frozenset(int(part) for part in parts)
 
 
 def _deliver(plan: Plan, output: Path | None, origin: str) -> None:

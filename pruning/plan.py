@@ -122,6 +122,14 @@ class Plan:
             del content[name]
         return _digest(content)[:12]
 
+    def dropping(self, drop: str) -> Self:
+        """Return the plan with as many layers dropped as `drop` asks for (see `parse_drop`).
+
+        Raises:
+            PlanError: as `parse_drop` does.
+        """
+        return self.with_drop(parse_drop(drop, layers=self.model.layers, most=len(self.ranking)))
+
     def with_drop(self, drop: int) -> Self:
         """Return the plan with another number of layers to drop."""
         return replace(self, drop=drop)
@@ -203,6 +211,18 @@ def _ranked(plan: Plan) -> str:
 
 
 # How many layers to drop.
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Return the layers that `1,2,29` names; none for an empty text.
+
+    Raises:
+        PlanError: the text is something else.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise PlanError(f"--protect must be layer indices like '1,2,29', not {text!r}")
+    return frozenset(int(part) for part in parts)
 
 
 def parse_drop(text: str, *, layers: int, most: int) -> int:

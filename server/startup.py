@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from pruning.calibration import Progress
 from pruning.loading import BaseModel, cache_folder, load_base_model
-from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_drop, read_plan
+from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_layers, read_plan
 from pruning.quantised import is_on_grid, quantise, runs_here
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
@@ -91,13 +91,13 @@ def find_plan(settings: Settings, base: BaseModel, progress: Progress) -> tuple[
     if settings.plan is not None:
         plan = read_plan(Path(settings.plan))
         plan.check_fits(base)
-        return _dropping(plan, settings.drop or str(plan.drop)), settings.plan
+        return plan.dropping(settings.drop or str(plan.drop)), settings.plan
     request = PlanRequest(
         calibration=settings.calibration, protected=parse_layers(settings.protect)
     )
     cache = PlanCache(cache_folder() / "plans")
     plan, origin = cache.load_or_compute(base, request, progress)
-    return _dropping(plan, settings.drop or DEFAULT_DROP), origin
+    return plan.dropping(settings.drop or DEFAULT_DROP), origin
 
 
 def make_variants(settings: Settings, plan: Plan) -> Variants:
@@ -109,7 +109,7 @@ def make_variants(settings: Settings, plan: Plan) -> Variants:
     ]
     for definition in settings.variant:
         name, _, drop = definition.partition("=")
-        found.append(Variant(name.lower(), _dropping(plan, drop).kept_layers()))
+        found.append(Variant(name.lower(), plan.dropping(drop).kept_layers()))
     variants = Variants(layers, found)
     if settings.default_variant.lower() not in variants:
         names = ", ".join(variant.name for variant in variants)
@@ -143,19 +143,3 @@ def end_tokens(base: BaseModel) -> frozenset[int]:
     configured = base.model.generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)
-
-
-def parse_layers(text: str) -> frozenset[int]:
-    """Return the layers that `1,2,29` names.
-
-    Raises:
-        SettingsError: the text is something else.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
-        raise SettingsError(f"--protect {text!r} must be layer numbers such as 1,2,29")
-    return frozenset(int(part) for part in parts)
-
-
-def _dropping(plan: Plan, drop: str) -> Plan:
-    return plan.with_drop(parse_drop(drop, layers=plan.model.layers, most=len(plan.ranking)))
