@@ -23,10 +23,10 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 new = Numbered()
 
 FORMS = {
-    "plain": (32, 8, 128, AttentionForm(128**-0.5)),
-    "no groups": (8, 8, 64, AttentionForm(0.2)),
+    "plain": (8, 2, 128, AttentionForm(128**-0.5)),
+    "no groups": (3, 3, 64, AttentionForm(0.2)),
     "odd heads, window": (9, 3, 64, AttentionForm(0.125, sliding_window=100)),
-    "wide heads, capped": (8, 4, 256, AttentionForm(0.0625, sliding_window=60, softcap=50.0)),
+    "wide heads, capped": (4, 2, 256, AttentionForm(0.0625, sliding_window=60, softcap=50.0)),
     "head width of no power of two": (4, 2, 96, AttentionForm(0.1)),
 }
 
