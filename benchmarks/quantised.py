@@ -153,9 +153,7 @@ def _weight_bytes(base: BaseModel) -> int:
     total = int(head.step_bytes if isinstance(head, EightBitHead) else head.weight.nbytes)
     layers = model.get_decoder().layers
     total += sum(parameter.nbytes for parameter in layers.parameters())
-    # Parts of one product are found through each of them.
-    quantised = {id(linear): linear for linear in four_bit_layers(model)}
-    return int(total + sum(linear.step_bytes for linear in quantised.values()))
+    return int(total + sum(linear.step_bytes for linear in four_bit_layers(model)))
 
 
 def _print(rows: list[Row], batches: list[int]) -> None:

@@ -13,14 +13,14 @@ Run without a compiler, each projection multiplies by its own part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class MergedProjection(nn.Module):
@@ -52,24 +52,36 @@ def merge_projections(model: PreTrainedModel) -> int:
     already (Phi-3) stay as they are, and so do quantised ones.
     """
     merged = 0
-    for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
-        for module in list(layer.modules()):
-            for names in SAME_INPUT:
-                parts = [getattr(module, name, None) for name in names]
-                if all(type(part) is nn.Linear for part in parts):
-                    _merge(module, names, [p for p in parts if isinstance(p, nn.Linear)])
-                    merged += 1
+    for parent, parts in same_input_projections(model):
+        weight, bias = concatenated(list(parts.values()))
+        start = 0
+        for name, part in parts.items():
+            end = start + part.out_features
+            setattr(parent, name, MergedProjection(weight, bias, start, end))
+            start = end
+        merged += 1
     return merged
 
 
-@torch.no_grad()
-def _merge(module: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) -> None:
-    weight = torch.cat([part.weight.data for part in parts])
-    biases = [part.bias.data for part in parts if part.bias is not None]
-    bias = torch.cat(biases) if len(biases) == len(parts) else None
-    assert bias is not None or not biases, "some of the projections have a bias and some have none"
-    start = 0
-    for name, part in zip(names, parts, strict=True):
-        end = start + part.out_features
-        setattr(module, name, MergedProjection(weight, bias, start, end))
-        start = end
+def same_input_projections(
+    model: PreTrainedModel,
+) -> Iterator[tuple[nn.Module, dict[str, nn.Linear]]]:
+    """Yield the plain linear layers of each module that have the same input, by their names there.
+
+    They may be replaced while this goes on.
+    """
+    for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
+        for parent in list(layer.modules()):
+            for names in _SAME_INPUT:
+                parts = {name: getattr(parent, name, None) for name in names}
+                linears = {n: part for n, part in parts.items() if type(part) is nn.Linear}
+                if len(linears) == len(names):
+                    yield parent, linears
+
+
+def concatenated(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the weight [all outputs, inputs] and bias of one layer with the outputs of all."""
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    assert len(biases) in (0, len(linears)), "some projections have a bias and some have none"
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    return weight, torch.cat(biases) if biases else None

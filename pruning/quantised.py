@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from pruning.projections import SAME_INPUT
+from pruning.projections import concatenated, same_input_projections
 
 GROUP = 32
 """Inputs that share a scale and a minimum."""
@@ -185,9 +185,9 @@ def quantise(model: PreTrainedModel) -> None:
                 f"int4 needs inputs in multiples of {GROUP} and outputs in multiples of "
                 f"{_OUTPUTS}; {name} has {linear.in_features} and {linear.out_features}"
             )
-    for parent, names, linears in list(_sharing(model)):
-        product, start = _Product(_four_bit_linear(linears)), 0
-        for name, linear in zip(names, linears, strict=True):
+    for parent, parts in same_input_projections(model):
+        product, start = _Product(_four_bit_linear(list(parts.values()))), 0
+        for name, linear in parts.items():
             end = start + linear.out_features
             setattr(parent, name, SharedPart(product, start, end))
             start = end
@@ -200,13 +200,11 @@ def quantise(model: PreTrainedModel) -> None:
         model.set_output_embeddings(EightBitHead(head))  # type: ignore[no-untyped-call]
 
 
-def four_bit_layers(model: PreTrainedModel) -> Iterator[FourBitLinear]:
-    """Yield the layers in four bits, a shared one once for each of its parts."""
-    for module in model.modules():
-        if isinstance(module, FourBitLinear):
-            yield module
-        elif isinstance(module, SharedPart):
-            yield module.product.linear
+def four_bit_layers(model: PreTrainedModel) -> set[FourBitLinear]:
+    """Return the layers in four bits; one that is shared is found through its parts."""
+    modules = list(model.modules())
+    shared = {module.product.linear for module in modules if isinstance(module, SharedPart)}
+    return shared | {module for module in modules if isinstance(module, FourBitLinear)}
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -218,27 +216,10 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear
                     yield parent, name, child
 
 
-def _sharing(
-    model: PreTrainedModel,
-) -> Iterator[tuple[nn.Module, Sequence[str], list[nn.Linear]]]:
-    """Yield what projects the same input, with its parent and names there."""
-    for layer in model.get_decoder().layers:  # type: ignore[no-untyped-call]
-        for parent in layer.modules():
-            for names in SAME_INPUT:
-                parts = [getattr(parent, name, None) for name in names]
-                linears = [part for part in parts if type(part) is nn.Linear]
-                if len(linears) == len(names):
-                    yield parent, names, linears
-
-
 def _four_bit_linear(linears: Sequence[nn.Linear]) -> FourBitLinear:
     """Return one layer that gives the outputs of all of them, one after the other."""
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    assert len(biases) in (0, len(linears)), (
-        "some of the projections have a bias and some have none"
-    )
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    return FourBitLinear(four_bits(weight), torch.cat(biases) if biases else None)
+    weight, bias = concatenated(linears)
+    return FourBitLinear(four_bits(weight), bias)
 
 
 def _fits(linear: nn.Linear) -> bool:

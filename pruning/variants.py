@@ -58,6 +58,9 @@ class Variants:
         self._by_name = {variant.name: variant for variant in self._ordered}
         self._check(variants)
         self.groups = self._layer_groups()
+        self.group_of_layer = {
+            layer: index for index, group in enumerate(self.groups) for layer in group.layers
+        }
         self._order = {variant.name: index for index, variant in enumerate(self._ordered)}
 
     def __iter__(self) -> Iterator[Variant]:

@@ -92,9 +92,7 @@ def build_engine(
             "too few for a single sequence; raise --kv-cache-memory"
         )
     pool = torch.zeros(pages, layout.page_elements, dtype=base.model.dtype, device=base.device)
-    choice = choose_attention(config.attention, pool)
-    make = _paged_runner if choice == "paged" else _sdpa_runner
-    runner = make(base, variants, config, layout, pool, limits, context)
+    runner = _runner(base, variants, config, layout, pool, limits, context)
     return Engine(scheduler, runner, variants, layout, context, on_death)
 
 
@@ -115,7 +113,7 @@ def choose_attention(wanted: AttentionChoice, pool: Tensor) -> AttentionChoice:
     return choice
 
 
-def _sdpa_runner(
+def _runner(
     base: BaseModel,
     variants: Variants,
     config: EngineConfig,
@@ -124,31 +122,22 @@ def _sdpa_runner(
     limits: Limits,
     context: int,
 ) -> ModelRunner:
-    backend = SdpaBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)
+    """Return a runner on pages; on `paged`, unless eager, with compiled layers and recorded decode
+    steps."""
+    kv_heads = kv_shape(base.model.config).kv_heads
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
-    overlaps = pool.device.type == "cuda"
-    return ModelRunner(base.model, pool, backend, backend, last_tokens, overlaps=overlaps)
-
-
-def _paged_runner(
-    base: BaseModel,
-    variants: Variants,
-    config: EngineConfig,
-    layout: PageLayout,
-    pool: Tensor,
-    limits: Limits,
-    context: int,
-) -> ModelRunner:
-    """Return a runner on pages; unless eager, with compiled layers and recorded decode steps."""
+    if choose_attention(config.attention, pool) == "sdpa":
+        sdpa = SdpaBackend(pool, layout, variants, kv_heads)
+        overlaps = pool.device.type == "cuda"
+        return ModelRunner(base.model, pool, sdpa, sdpa, last_tokens, overlaps=overlaps)
     # Triton exists on GPU machines only.
     from server.engine.attention.operator import OperatorAttend
     from server.engine.attention.paged import PagedBackend
     from server.engine.compiling import compile_layers
     from server.engine.graphs import DecodeGraphs
 
-    backend = PagedBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)
+    backend = PagedBackend(pool, layout, variants, kv_heads)
     if config.enforce_eager:
-        last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
         return ModelRunner(base.model, pool, backend, backend, last_tokens, overlaps=True)
     if pool.device.type == "cuda":
         merge_projections(base.model)

@@ -104,7 +104,7 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
     positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
     groups = tuple(
         _group_rows(index, sequences[:attending], layout, owner, positions)
-        for index, attending in enumerate(_attending(variants, variant_sequences))
+        for index, attending in enumerate(attending_by_group(variants, variant_sequences))
     )
     last_rows = query_starts[1:] - 1
     sampled = tuple(i for i, s in enumerate(sequences) if s.samples)
@@ -117,7 +117,7 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         query_starts=query_starts,
         variant_sequences=variant_sequences,
         lengths=starts + counts,
-        attending_rows=_attending_rows(variants, groups),
+        attending_rows=by_layer(variants, [group.rows for group in groups]),
         groups=groups,
         logit_rows=np.concatenate([last_rows[list(sampled)], np.array(score_rows, np.int64)]),
         sampled=sampled,
@@ -149,14 +149,22 @@ def _sources(sequences: Sequence[Scheduled], last_rows: Ints, rows: int) -> Ints
     return sources
 
 
-def _attending(variants: Variants, variant_sequences: Sequence[int]) -> Iterator[int]:
-    """Yield for each layer group how many sequences attend: the first ones, as variants nest."""
-    for group in variants.groups:
-        yield sum(
+def attending_by_group(variants: Variants, counts: Sequence[int]) -> list[int]:
+    """Return for each layer group how many attend, of so many sequences or rows of each variant:
+    the first ones, as variants nest."""
+    return [
+        sum(
             count
-            for variant, count in zip(variants, variant_sequences, strict=True)
+            for variant, count in zip(variants, counts, strict=True)
             if variant.name in group.variants
         )
+        for group in variants.groups
+    ]
+
+
+def by_layer(variants: Variants, of_groups: Sequence[int]) -> tuple[int, ...]:
+    """Return for each layer what is so for its layer group."""
+    return tuple(of_groups[variants.group_of_layer[layer]] for layer in range(variants.layers))
 
 
 def _group_rows(
@@ -174,14 +182,6 @@ def _group_rows(
     places = positions[:rows]
     page = pages[table_starts[owner[:rows]] + places // tokens].astype(np.int64)
     return GroupRows(len(attending), rows, pages, table_starts, page * tokens + places % tokens)
-
-
-def _attending_rows(variants: Variants, groups: Sequence[GroupRows]) -> tuple[int, ...]:
-    rows = [0] * variants.layers
-    for group, batch in zip(variants.groups, groups, strict=True):
-        for layer in group.layers:
-            rows[layer] = batch.rows
-    return tuple(rows)
 
 
 def _scored_rows(
@@ -205,5 +205,4 @@ def _scored_rows(
 
 def _sampling_rows(requests: Iterable[Request]) -> Iterator[SamplingRow]:
     for r in requests:
-        generated = len(r.output) + (r.pending is not None)
-        yield SamplingRow(r.params, r.prompt, r.output, generated)
+        yield SamplingRow(r.params, r.prompt, r.output, r.num_generated)

@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from queue import SimpleQueue
 
 import torch
@@ -288,17 +289,13 @@ class Engine:
         request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
 
     def _commit_scores(self, batch: Batch, result: StepResult) -> None:
-        if not batch.scored:
-            return
-        for index, scheduled in enumerate(batch.sequences):
-            scores = tuple(
-                logprobs
-                for row, logprobs in zip(batch.scored, result.prompt_logprobs, strict=True)
-                if row.sequence == index
-            )
-            if scores and scheduled.request.id in self._requests:
-                scheduled.request.num_scored_tokens += len(scores)
-                scheduled.request.sink.put(PromptScored(scores))
+        scored = zip(batch.scored, result.prompt_logprobs, strict=True)
+        for index, rows in groupby(scored, key=lambda pair: pair[0].sequence):
+            request = batch.sequences[index].request
+            if request.id in self._requests:
+                scores = tuple(logprobs for _, logprobs in rows)
+                request.num_scored_tokens += len(scores)
+                request.sink.put(PromptScored(scores))
 
     def _add(self, requests: Sequence[Request]) -> None:
         with self._lock:

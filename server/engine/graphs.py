@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pruning.attention import Attend
 from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend, Singles
-from server.engine.batch import Batch
+from server.engine.batch import Batch, attending_by_group, by_layer
 from server.engine.runner import known_tokens
 from server.engine.sampling import most_likely
 from server.engine.transfer import aligned_starts, upload
@@ -71,11 +71,12 @@ class DecodeGraphs:
         self._backend = backend
         self._variants = variants
         self._context = context
-        device = next(model.parameters()).device
+        weight = next(model.parameters())
+        device = weight.device
         self._largest = next((s for s in MIXED_SIZES if s >= most_rows), MIXED_SIZES[-1])
         places = len(variants) * self._largest
         self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
-        self.logits = torch.zeros(places, vocabulary, dtype=_dtype(model), device=device)
+        self.logits = torch.zeros(places, vocabulary, dtype=weight.dtype, device=device)
         vectors = 4 + 2 * len(variants.groups)
         size = vectors * (places + 4) + TABLE_ENTRIES
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
@@ -189,22 +190,10 @@ class InputLayout:
 
     def __init__(self, shape: Shape, variants: Variants) -> None:
         self._first_rows = [0, *accumulate(shape)]
-        self._rows = self._first_rows[-1]
-        self._group_rows = [
-            sum(
-                count
-                for count, variant in zip(shape, variants, strict=True)
-                if variant.name in group.variants
-            )
-            for group in variants.groups
-        ]
-        sizes = [self._rows] * 4 + [rows for rows in self._group_rows for _ in range(2)]
-        self._starts = aligned_starts(sizes)
-        self._sizes = sizes
-        self.attending_rows = [0] * variants.layers
-        for group, rows in zip(variants.groups, self._group_rows, strict=True):
-            for layer in group.layers:
-                self.attending_rows[layer] = rows
+        self._group_rows = attending_by_group(variants, shape)
+        self.attending_rows = list(by_layer(variants, self._group_rows))
+        self._sizes = [sum(shape)] * 4 + [rows for rows in self._group_rows for _ in range(2)]
+        self._starts = aligned_starts(self._sizes)
 
     def rows(self, counts: Sequence[int]) -> NDArray[np.int64]:
         """Return the padded row of each sequence; counts are those of each variant."""
@@ -279,7 +268,3 @@ def _usual_shapes(variants: int, most_rows: int) -> Iterator[Shape]:
             for sizes in product([size for size in MIXED_SIZES if size <= most_rows], repeat=2):
                 rows = {first: sizes[0], second: sizes[1]}
                 yield tuple(rows.get(i, 0) for i in range(variants))
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype

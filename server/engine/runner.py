@@ -132,8 +132,8 @@ class ModelRunner:
     def _span(self) -> Span | None:
         if self._pool.device.type != "cuda":
             return None
-        unread = self._newest is not None and not self._newest.was_read
-        return Span(self._newest.span if self._newest is not None and unread else None)
+        newest = self._newest
+        return Span(None if newest is None or newest.was_read else newest.span)
 
     def _sources(self, batch: Batch) -> NDArray[np.int64]:
         """Return for each row the place of its token among the last tokens, or -1."""

@@ -31,7 +31,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if not rows:
         return torch.empty(0, dtype=torch.long, device=logits.device)
     adjusted = _adjusted(logits, rows)
-    tokens = adjusted.argmax(dim=-1)
+    tokens = most_likely(adjusted)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:
         chosen = [rows[i] for i in random]

@@ -55,9 +55,7 @@ class SdpaBackend:
     def __init__(self, pool: Tensor, layout: PageLayout, variants: Variants, kv_heads: int) -> None:
         """pool is [pages, page_elements] in the KV dtype, on the device."""
         self._views = layer_views(pool, layout, variants, kv_heads)
-        self._group_of = {
-            layer: index for index, group in enumerate(variants.groups) for layer in group.layers
-        }
+        self._group_of = variants.group_of_layer
         self._layout = layout
         self._device = pool.device
         self._prepared: list[_Prepared | None] = []
