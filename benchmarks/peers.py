@@ -9,12 +9,14 @@ engine with its defaults (flash attention where that is installed).
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.connection import Connection
 
 import torch
 from transformers import (
@@ -127,6 +129,35 @@ def attempt(who: str, run: Callable[[], PeerRun]) -> PeerRun:
         return PeerRun(who, error=f"{type(error).__name__}: {lines[0]}")
     finally:
         free_memory()
+
+
+def bounded(who: str, seconds: float, run: Callable[..., PeerRun], *arguments: object) -> PeerRun:
+    """Run a peer in a process of its own, which is ended after so many seconds.
+
+    `run` is a function of a module, its arguments can be pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_attempt_and_send, args=(sender, who, run, arguments))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            found: PeerRun = receiver.recv()
+            return found
+        return PeerRun(who, error=f"not done after {seconds:g} s")
+    except EOFError:
+        process.join()
+        return PeerRun(who, error=f"its process ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _attempt_and_send(
+    sender: Connection, who: str, run: Callable[..., PeerRun], arguments: tuple[object, ...]
+) -> None:
+    sender.send(attempt(who, lambda: run(*arguments)))
 
 
 def free_memory() -> None:

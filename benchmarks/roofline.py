@@ -171,29 +171,29 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 20
 def _copy_rate(size: int, device: torch.device, repeats: int) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / _median_seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats)
 
 
 def _sum_rate(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     values = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
-    return size / _median_seconds(lambda: values.sum(), device, repeats)
+    return size / median_seconds(lambda: values.sum(), device, repeats)
 
 
 def _matrix_vector_rate(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     width = 8192
     weight = torch.ones(size // dtype.itemsize // width, width, dtype=dtype, device=device)
     row = torch.ones(1, width, dtype=dtype, device=device)
-    return size / _median_seconds(lambda: functional.linear(row, weight), device, repeats)
+    return size / median_seconds(lambda: functional.linear(row, weight), device, repeats)
 
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     """Random values: products of constants draw less power, and so run faster than real ones."""
     width = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
-    return 2 * width**3 / _median_seconds(lambda: left @ right, device, repeats)
+    return 2 * width**3 / median_seconds(lambda: left @ right, device, repeats)
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median time of `work`, by the device's own clock where it has one."""
     for _ in range(_WARM_UP):
         work()

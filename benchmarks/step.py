@@ -26,7 +26,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.inprocess import (
     Decoded,
@@ -40,7 +40,7 @@ from benchmarks.inprocess import (
     running,
     serve,
 )
-from benchmarks.peers import PeerRun, attempt, continuous_batching, free_memory, static_generate
+from benchmarks.peers import PeerRun, bounded, continuous_batching, free_memory, static_generate
 from benchmarks.roofline import Ceilings, Floor, Rows, floor, measure_ceilings
 from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base, random_model
 from pruning.loading import BaseModel
@@ -221,6 +221,7 @@ def main(
     load: Annotated[str, typer.Option(help="Requests x prompt + generated tokens.")] = (
         "64x1024+128"
     ),
+    peer_seconds: Annotated[float, typer.Option(min=1, help="A peer's time at most.")] = 300,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure steps."""
@@ -249,7 +250,7 @@ def main(
         f"{limits.tokens_per_step} tokens a step"
     )
     _print(title, report, ceilings)
-    others = _peers(shape, where, weights, layers, sweep.load) if sweep.load else ()
+    others = _peers(Weights(shape, where, weights, layers), sweep.load, peer_seconds)
     if report.served:
         Console(width=160 if not sys.stdout.isatty() else None).print(
             _peer_table(report.served, others)
@@ -334,20 +335,39 @@ def _served(engine: Running, load: Load) -> list[PeerRun]:
     return runs
 
 
-def _peers(
-    shape: str, device: torch.device, dtype: torch.dtype, layers: int | None, load: Load
-) -> list[PeerRun]:
-    """Run the peers on an unwrapped model of the same weights, after ours has left the device."""
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model of random weights, as a peer's own process makes it."""
+
+    shape: str
+    device: torch.device
+    dtype: torch.dtype
+    layers: int | None
+
+    def model(self) -> PreTrainedModel:
+        return random_model(self.shape, self.dtype, self.device, self.layers)
+
+
+def _peers(weights: Weights, load: Load | None, seconds: float) -> list[PeerRun]:
+    """Run the peers on unwrapped models of the same weights, after ours has left the device."""
     free_memory()
-    model = random_model(shape, dtype, device, layers)
-    warm_up, prompts = (_prompts(load, model.config.vocab_size) for _ in range(2))
+    if load is None:
+        return []
     return [
-        attempt("transformers generate", lambda: static_generate(model, prompts, load.output)),
-        attempt(
-            "transformers continuous batching",
-            lambda: continuous_batching(model, warm_up, prompts, load.output),
-        ),
+        bounded("transformers generate", seconds, _generate, weights, load),
+        bounded("transformers continuous batching", seconds, _continuous, weights, load),
     ]
+
+
+def _generate(weights: Weights, load: Load) -> PeerRun:
+    model = weights.model()
+    return static_generate(model, _prompts(load, model.config.vocab_size), load.output)
+
+
+def _continuous(weights: Weights, load: Load) -> PeerRun:
+    model = weights.model()
+    warm_up, prompts = (_prompts(load, model.config.vocab_size) for _ in range(2))
+    return continuous_batching(model, warm_up, prompts, load.output)
 
 
 def _prompts(load: Load, vocabulary: int) -> list[list[int]]:

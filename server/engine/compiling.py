@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers import PreTrainedModel
 
@@ -60,7 +60,10 @@ class Products(CustomGraphPass):
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile a wrapped model's decoder layers and its last norm, at their first use."""
+    """Compile a wrapped model's decoder layers and its last norm, at their first use.
+
+    Its head is replaced by one with the same weights.
+    """
     # A limit of torch's that counts recompilations over all models of the process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
     # One object for all layers: they share what is compiled if their options are equal.
@@ -69,6 +72,23 @@ def compile_layers(model: PreTrainedModel) -> None:
     for layer in decoder.layers:
         layer.compile(dynamic=True, options=options)
     decoder.norm.compile(dynamic=True, options=options)
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(head) is nn.Linear:  # torch compiles none that stands alone
+        model.set_output_embeddings(_Head(head))  # type: ignore[no-untyped-call]
+
+
+class _Head(nn.Module):
+    """A language model head whose product goes to `linear`."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight  # tied to the embedding in many models
+        self.bias = head.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        product = linear.linear(rows, self.weight, self.bias)
+        return product.view(*inputs.shape[:-1], product.shape[-1])  # type: ignore[no-any-return]
 
 
 def _share(graph: fx.Graph) -> None:

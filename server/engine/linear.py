@@ -21,9 +21,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-_MOST_ROWS = 64
-_GATED_TILE = (64, 64)
-"""Outputs and inputs of each half."""
+_MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
+"""Beyond these cuBLAS is as fast."""
+_WIDE = 8192
+"""Outputs."""
+_TILE = (64, 128)
+"""Outputs and inputs of a program's step, of each half where there are two."""
+_STAGES, _GATED_STAGES = 6, 3
+"""Tiles on their way from memory at once."""
 _FEWEST_OUTPUTS = 2048
 """Narrower weights give too few programs to fill a device."""
 
@@ -78,8 +83,8 @@ def linear(x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
 
     x is [rows, inputs], weight [outputs, inputs], added None, [outputs] or [rows, outputs].
     """
-    if (tile := _tile(x, weight)) is not None:
-        return _multiply(x, weight, added, tile, gated=False)
+    if _suits(x, weight):
+        return _multiply(x, weight, added, gated=False)
     if added is None or added.dim() == 1:
         return functional.linear(x, weight, added)
     return torch.addmm(added, x, weight.t())
@@ -96,13 +101,9 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
 
     x is [rows, inputs], weight [2 * outputs, inputs].
     """
-    if _tile(x, weight) is not None:
-        return _multiply(x, weight, None, _GATED_TILE, gated=True)
-    both = functional.linear(x, weight)
-    rows, width = both.shape[0], both.shape[1] // 2
-    y = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    _gate[(rows, triton.cdiv(width, 2048))](both, y, width, 2048)
-    return y
+    if _suits(x, weight):
+        return _multiply(x, weight, None, gated=True)
+    return gate(functional.linear(x, weight))
 
 
 @gated.register_fake
@@ -110,36 +111,35 @@ def _gated_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-def _tile(x: Tensor, weight: Tensor) -> tuple[int, int] | None:
-    """Return the outputs and inputs of a tile, None where cuBLAS is the better choice.
+def gate(both: Tensor) -> Tensor:
+    """Return silu(g) * u, where both is [rows, g and u side by side]."""
+    rows, width = both.shape[0], both.shape[1] // 2
+    y = torch.empty(rows, width, dtype=both.dtype, device=both.device)
+    _gate[(rows, triton.cdiv(width, 2048))](both, y, width, 2048)
+    return y
 
-    Measured on an H100 for weights of 4096 to 128256 outputs and 4096 to 14336 inputs.
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernel here is the better choice than cuBLAS.
+
+    Measured by benchmarks/products.py for weights of 4096 to 128256 outputs.
     """
     rows, (outputs, inputs) = x.shape[0], weight.shape
     suits = x.dtype.itemsize == 2 and inputs % 256 == 0 and outputs >= _FEWEST_OUTPUTS
-    if not suits or rows > _MOST_ROWS or x.stride(1) != 1 or weight.stride(1) != 1:
-        return None
-    if outputs >= 96 * 64:
-        return 64, 128
-    return (32, 256) if rows <= 32 else None
+    if not suits or x.stride(1) != 1 or weight.stride(1) != 1:
+        return False
+    return rows <= (_MOST_ROWS if outputs >= _WIDE else _MOST_ROWS_OF_NARROW)
 
 
-def _multiply(
-    x: Tensor,
-    weight: Tensor,
-    added: Tensor | None,
-    tile: tuple[int, int],
-    *,
-    gated: bool,
-) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, added: Tensor | None, *, gated: bool) -> Tensor:
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     more = y if added is None else added.expand(rows, outputs)
-    _few_rows[(triton.cdiv(outputs, tile[0]),)](
+    _few_rows[(triton.cdiv(outputs, _TILE[0]),)](
         x, weight, more, y, rows, outputs, inputs,
         x.stride(0), weight.stride(0), more.stride(0), y.stride(0),
-        max(16, triton.next_power_of_2(rows)), *tile, added is not None, gated,
-        num_warps=4, num_stages=4,
+        max(16, triton.next_power_of_2(rows)), *_TILE, added is not None, gated,
+        num_warps=4, num_stages=_GATED_STAGES if gated else _STAGES,
     )  # fmt: skip
     return y

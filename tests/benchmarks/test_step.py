@@ -6,6 +6,7 @@ No figure is held against a time: what is tested is the bookkeeping.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from benchmarks.inprocess import DoesNotFitError, Running, decode, prefill, running, serve
 from benchmarks.paper import Work
 from benchmarks.paper import measure as measure_paper
-from benchmarks.peers import PeerRun, attempt, continuous_batching, static_generate
+from benchmarks.peers import PeerRun, bounded, continuous_batching, static_generate
 from benchmarks.roofline import Ceilings
 from benchmarks.shapes import (
     PRUNED,
@@ -156,11 +157,14 @@ def test_peers_run_and_a_failing_one_is_told() -> None:
     prompts = [list(range(start, start + 12)) for start in range(2)]
     assert (static_generate(model, prompts, 5).tokens_per_second or 0) > 0
     assert (continuous_batching(model, prompts, prompts, 5).tokens_per_second or 0) > 0
+    refused = bounded("peer", 60, _refuses, "no kernels\nand a long trace")
+    assert refused == PeerRun("peer", error="RuntimeError: no kernels")
+    assert bounded("peer", 0.01, _refuses, "late").error == "not done after 0.01 s"
+    assert bounded("peer", 60, sys.exit, 3).error == "its process ended with exit code 3"
 
-    def fails() -> PeerRun:
-        raise RuntimeError("no kernels\nand a long trace")
 
-    assert attempt("peer", fails) == PeerRun("peer", error="RuntimeError: no kernels")
+def _refuses(why: str) -> PeerRun:
+    raise RuntimeError(why)
 
 
 @pytest.mark.parametrize(("binding", "in_flight"), [(False, 4), (True, 8)])

@@ -30,6 +30,9 @@ STEPS: list[tuple[int, list[int]]] = [
 ]
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class Dense:
     """A backend that attends the rows of a step to each other."""
 
@@ -50,12 +53,12 @@ class Dense:
 def logits(base: BaseModel, attend: Attend, rows: int, attending: Sequence[int]) -> torch.Tensor:
     with torch.inference_mode():
         output = base.model(
-            torch.arange(4, 4 + rows)[None],
-            position_ids=torch.arange(rows)[None],
+            torch.arange(4, 4 + rows, device=DEVICE)[None],
+            position_ids=torch.arange(rows, device=DEVICE)[None],
             attend=attend,
             attending_rows=attending,
         )
-    return output.logits.double()
+    return output.logits.double().cpu()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -70,9 +73,10 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
             graphs.append(Counter(str(node.target) for node in graph.nodes))
 
     monkeypatch.setattr("server.engine.compiling.Products", Watched)
-    exact = wrapped(tiny_model(family, layers=LAYERS).double())
-    plain = wrapped(tiny_model(family, layers=LAYERS).to(torch.bfloat16))
-    fast = wrapped(tiny_model(family, layers=LAYERS).to(torch.bfloat16))
+    exact, plain, fast = (
+        wrapped(tiny_model(family, layers=LAYERS).to(DEVICE, dtype))  # type: ignore[arg-type]
+        for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
+    )
     merge_projections(fast.model)
     compile_layers(fast.model)
     backend = Dense()

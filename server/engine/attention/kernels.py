@@ -13,6 +13,8 @@ graph stays valid for every step of its shape.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -67,7 +69,8 @@ def _decode(
     Where it WRITES, the split with the last token takes that one's key and value from the step's
     rows, and puts them into their page.
     """
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Neighbours in time read what lies side by side: all heads of a token.
+    kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence)
     table = pages + tl.load(table_starts + sequence)
@@ -229,6 +232,22 @@ def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeTiling:
+    """How `decode` goes over a sequence."""
+
+    block: int
+    """Tokens at once."""
+    stages: int
+    resident: int
+    """Programs that a multiprocessor runs side by side."""
+
+
+def decode_tiling(heads: int, kv_heads: int) -> DecodeTiling:
+    """Return what benchmarks/attention.py found best: long blocks where heads share keys."""
+    return DecodeTiling(128, 2, 2) if heads > kv_heads else DecodeTiling(64, 3, 3)
+
+
 def decode(
     query: Tensor,
     key: Tensor,
@@ -262,15 +281,17 @@ def decode(
     partial = torch.empty(sequences, heads, splits, dim, dtype=torch.float32, device=query.device)
     weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
     padded_dim = max(16, triton.next_power_of_2(dim))
-    _decode[(sequences, kv_heads, splits)](
+    tiling = decode_tiling(heads, kv_heads)
+    block, stages = (tiling.block, tiling.stages) if padded_dim <= 128 else (64, 3)
+    _decode[(kv_heads, sequences, splits)](
         query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
         partial, weights, out,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
         scaling, softcap, window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
-        dim, padded_dim, 64, splits, softcap > 0, writes,
-        num_warps=4, num_stages=3,
+        dim, padded_dim, block, splits, softcap > 0, writes,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         _reduce[(sequences, heads)](

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
-from server.engine.attention.kernels import attend_chunks, decode, write_pages
+from server.engine.attention.kernels import attend_chunks, decode, decode_tiling, write_pages
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
@@ -23,10 +24,11 @@ from server.engine.transfer import upload_together
 
 _UNBOUNDED = 1 << 30
 """A window that sees everything."""
-_PROGRAMS = 512
-"""Programs of the decode kernel that fill a device of 132 multiprocessors."""
 _MOST_SPLITS = 32
 _SPLIT_TOKENS = 64
+_OVERHEAD_TOKENS = 64
+"""What a program costs beside its tokens, in the time of so many more."""
+_USUAL_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class PagedBackend:
                 rows, key, value, keys, values,
                 step.pages, single.table_starts, single.rows, step.slots, single.lengths, out,
                 writes=step.chunks is None, scaling=form.scaling, window=window, softcap=softcap,
-                splits=_splits(len(single.rows) * self._kv_heads, single.longest),
+                splits=self._splits(single, rows.shape[1]),
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
             attend_chunks(
@@ -111,6 +113,10 @@ class PagedBackend:
                 longest=chunk.longest, scaling=form.scaling, window=window, softcap=softcap,
             )  # fmt: skip
         return out[None]
+
+    def _splits(self, single: Singles, heads: int) -> int:
+        held = decode_tiling(heads, self._kv_heads).resident * multiprocessors(self._device)
+        return choose_splits(len(single.rows) * self._kv_heads, held, single.longest)
 
     def _prepare(self, group: GroupRows, batch: Batch) -> GroupStep:
         starts, lengths = batch.query_starts, batch.lengths[: group.sequences]
@@ -142,7 +148,29 @@ def _by_row(heads: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _splits(programs: int, longest: int) -> int:
-    """Return into how many parts to cut each sequence: a power of two that fills the device."""
-    wanted = min(_PROGRAMS // programs, _MOST_SPLITS, -(-longest // _SPLIT_TOKENS))
-    return 1 << max(0, wanted.bit_length() - 1)
+def choose_splits(programs: int, held: int, longest: int) -> int:
+    """Return into how many parts to cut each sequence: a power of two, at most 32.
+
+    `programs` of the decode kernel run where nothing is cut, and none sees more than `longest`
+    tokens. They run in waves of `held`, as many as the device runs side by side; the last wave
+    takes as long as a full one, which more and shorter programs make matter less::
+
+        640 programs, 396 at once, uncut    2 waves of 2048 tokens, the last one mostly idle
+        cut in four                         7 waves of 512
+    """
+    tokens = min(longest, _USUAL_TOKENS)
+
+    def duration(splits: int) -> float:
+        waves = -(-programs * splits // held)
+        return waves * (tokens / splits + _OVERHEAD_TOKENS)
+
+    wanted = [1 << power for power in range(_MOST_SPLITS.bit_length())]
+    return min((s for s in wanted if s == 1 or s * _SPLIT_TOKENS <= tokens), key=duration)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many a device has."""
+    if device.type != "cuda":
+        return 132  # the kernels are interpreted; splits as on an H100 are tested
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,320 @@
+"""One layer's attention over pages on a GPU, by splits, beside bandwidth and FlashInfer.
+
+    python -m benchmarks.attention --heads 32/8,40/40 --batch 1,8,16,32,128 --context 2048
+
+Decode: one row a sequence. The ceiling is the bytes of keys and values over the copy bandwidth of
+this run; "chosen" is what the server's rule takes. Chunks: whole prompts against the
+matrix rate. FlashInfer's kernels run on the same pages where it is installed (it compiles them at
+first use, which is not counted; what it plans on the host each step is shown).
+
+Kernels run in a CUDA graph, over as many layers as do not fit the device's cache together.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.inprocess import machine
+from benchmarks.roofline import Ceilings, measure_ceilings, median_seconds
+from server.engine.attention import kernels
+from server.engine.attention.paged import choose_splits, multiprocessors
+
+_DIM, _PAGE = 128, 16
+_CACHED_BYTES = 200 << 20
+"""More than any device's cache."""
+_UNBOUNDED = 1 << 30
+_SPLITS = (1, 2, 4, 8, 16, 32)
+_REPEATS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Query and key-value heads of a layer."""
+
+    query: int
+    kv: int
+
+    def __str__(self) -> str:
+        return f"{self.query}/{self.kv}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Keys and values of several layers, and block tables of as many sequences."""
+
+    pool: Tensor
+    """[pages, layers, 2, tokens per page, kv heads, dim]"""
+    tables: Tensor
+    """[sequences, pages each], int32"""
+    context: int
+
+    @property
+    def layers(self) -> int:
+        return self.pool.shape[1]
+
+    def layer(self, at: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, [pages, tokens per page, kv heads, dim]."""
+        return self.pool[:, at, 0], self.pool[:, at, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """Microseconds of one layer."""
+
+    heads: str
+    batch: int
+    context: int
+    by_splits: dict[int, float]
+    chosen: int
+    microseconds: float
+    ceiling: float
+    flashinfer: float | None
+    flashinfer_plan: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRow:
+    """Operations a second of whole prompts."""
+
+    heads: str
+    prompts: int
+    tokens: int
+    ours: float
+    ceiling: float
+    flashinfer: float | None
+
+
+def main(
+    heads: Annotated[str, typer.Option(help="Query/kv heads.")] = "32/8,40/40",
+    batch: Annotated[str, typer.Option(help="Sequences.")] = "1,8,16,32,128",
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
+    chunks: Annotated[str, typer.Option(help="Prompts of the context each.")] = "1",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Measure attention kernels."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("these kernels need a CUDA device")
+    device = torch.device("cuda")
+    ceilings = measure_ceilings(device, torch.bfloat16)
+    shapes = [Heads(*map(int, part.split("/"))) for part in heads.split(",")]
+    batches, prompts = ([int(part) for part in text.split(",")] for text in (batch, chunks))
+    decode = [_decode(shape, count, context, ceilings) for shape in shapes for count in batches]
+    whole = [_chunk(shape, count, context, ceilings) for shape in shapes for count in prompts]
+    console = Console(width=160)
+    console.print(_decode_table(decode))
+    console.print(_chunk_table(whole))
+    if output is not None:
+        body = {
+            "machine": machine(device),
+            "ceilings": asdict(ceilings),
+            "decode": [asdict(row) for row in decode],
+            "chunks": [asdict(row) for row in whole],
+        }
+        output.write_text(json.dumps(body, indent=2) + "\n")
+
+
+def _decode(heads: Heads, batch: int, context: int, ceilings: Ceilings) -> DecodeRow:
+    pages = _pages(heads, batch, context)
+    query = torch.randn(batch, heads.query, _DIM, dtype=torch.bfloat16, device="cuda")
+    held = kernels.decode_tiling(heads.query, heads.kv).resident * multiprocessors(query.device)
+    chosen = choose_splits(batch * heads.kv, held, context)
+    by_splits = {splits: _time(_ours(query, pages, splits), pages) for splits in _SPLITS}
+    moved = 2 * batch * context * heads.kv * _DIM * 2
+    theirs = _flashinfer_decode(query, heads, pages)
+    return DecodeRow(
+        heads=str(heads),
+        batch=batch,
+        context=context,
+        by_splits=by_splits,
+        chosen=chosen,
+        microseconds=by_splits[chosen],
+        ceiling=moved / ceilings.copy_bytes_per_second * 1e6,
+        flashinfer=theirs and theirs[0],
+        flashinfer_plan=theirs and theirs[1],
+    )
+
+
+def _ours(query: Tensor, pages: Pages, splits: int) -> Callable[[int], None]:
+    """Attend one row of each sequence and write its key and value, as in a step of decoding."""
+    batch, kv_heads, last = len(query), pages.pool.shape[-2], pages.context - 1
+    row = torch.zeros(batch, kv_heads, _DIM, dtype=query.dtype, device=query.device)
+    numbers = torch.arange(batch, dtype=torch.int32, device=query.device)
+    slots = pages.tables[:, last // _PAGE] * _PAGE + last % _PAGE
+    starts, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, pages.context)
+    out = torch.empty_like(query)
+
+    def attend(layer: int) -> None:
+        kernels.decode(
+            query, row, row, *pages.layer(layer), pages.tables, starts, numbers, slots, lengths,
+            out, writes=True, scaling=_DIM**-0.5, window=_UNBOUNDED, softcap=0.0, splits=splits,
+        )  # fmt: skip
+
+    return attend
+
+
+def _chunk(heads: Heads, prompts: int, tokens: int, ceilings: Ceilings) -> ChunkRow:
+    pages = _pages(heads, prompts, tokens)
+    rows = prompts * tokens
+    query = torch.randn(rows, heads.query, _DIM, dtype=torch.bfloat16, device="cuda")
+    starts = torch.arange(prompts + 1, dtype=torch.int32, device="cuda") * tokens
+    numbers = torch.arange(prompts, dtype=torch.int32, device="cuda")
+    tables, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, tokens)
+    out = torch.empty_like(query)
+
+    def attend(layer: int) -> None:
+        kernels.attend_chunks(
+            query, *pages.layer(layer), pages.tables, tables, numbers, starts, lengths, out,
+            longest=tokens, scaling=_DIM**-0.5, window=_UNBOUNDED, softcap=0.0,
+        )  # fmt: skip
+
+    operations = 4 * heads.query * _DIM * prompts * tokens * (tokens + 1) / 2
+    seconds = _time(attend, pages) / 1e6
+    theirs = _flashinfer_chunk(query, heads, pages)
+    return ChunkRow(
+        heads=str(heads),
+        prompts=prompts,
+        tokens=tokens,
+        ours=operations / seconds,
+        ceiling=ceilings.operations_per_second,
+        flashinfer=theirs and operations / (theirs / 1e6),
+    )
+
+
+def _pages(heads: Heads, sequences: int, context: int) -> Pages:
+    """Return random pages in random order."""
+    each = -(-context // _PAGE)
+    layer_bytes = sequences * each * _PAGE * 2 * heads.kv * _DIM * 2
+    layers = max(2, -(-_CACHED_BYTES // layer_bytes))
+    pool = torch.randn(
+        sequences * each, layers, 2, _PAGE, heads.kv, _DIM, dtype=torch.bfloat16, device="cuda"
+    )
+    order = torch.randperm(sequences * each, device="cuda").to(torch.int32)
+    return Pages(pool, order.view(sequences, each), context)
+
+
+def _time(work: Callable[[int], object], pages: Pages) -> float:
+    """Return the median microseconds of `work` on a layer, in a graph that does all layers."""
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(pages.layers):
+            work(layer)
+    return median_seconds(graph.replay, torch.device("cuda"), _REPEATS) / pages.layers * 1e6
+
+
+# The peer.
+
+
+def _flashinfer_decode(query: Tensor, heads: Heads, pages: Pages) -> tuple[float, float] | None:
+    """Return microseconds of FlashInfer's better decode kernel, and of its planning."""
+    if find_spec("flashinfer") is None:
+        return None
+
+    def plan(wrapper: Any) -> None:
+        sizes = heads.query, heads.kv, _DIM, _PAGE
+        wrapper.plan(*_tables(pages), *sizes, q_data_type=query.dtype)
+
+    make = _flashinfer().BatchDecodeWithPagedKVCacheWrapper
+    kinds = [partial(make, kv_layout="NHD", use_tensor_cores=cores) for cores in (False, True)]
+    return min(_planned(kind, plan, query, pages) for kind in kinds)
+
+
+def _flashinfer_chunk(query: Tensor, heads: Heads, pages: Pages) -> float | None:
+    """Return microseconds of FlashInfer's kernel for whole prompts."""
+    if find_spec("flashinfer") is None:
+        return None
+    sequences = len(pages.tables)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * pages.context
+
+    def plan(wrapper: Any) -> None:
+        sizes = heads.query, heads.kv, _DIM, _PAGE
+        wrapper.plan(starts, *_tables(pages), *sizes, causal=True, q_data_type=query.dtype)
+
+    make = partial(_flashinfer().BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD")
+    return _planned(make, plan, query, pages)[0]
+
+
+def _flashinfer() -> Any:
+    return importlib.import_module("flashinfer")
+
+
+def _planned(
+    make: Callable[[Tensor], Any], plan: Callable[[Any], object], query: Tensor, pages: Pages
+) -> tuple[float, float]:
+    """Return microseconds of a wrapper's run, and of its plan."""
+    wrapper = make(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"))
+    plan(wrapper)
+    planning = statistics.median(_seconds(lambda: plan(wrapper)) for _ in range(_REPEATS))
+    run = _time(lambda layer: wrapper.run(query, pages.layer(layer)), pages)
+    return run, planning * 1e6
+
+
+def _tables(pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
+    """Return FlashInfer's form of block tables: starts, pages, tokens in the last page."""
+    sequences, each = pages.tables.shape
+    starts = torch.arange(sequences + 1, dtype=torch.int32) * each
+    last = torch.full((sequences,), (pages.context - 1) % _PAGE + 1, dtype=torch.int32)
+    return starts.cuda(), pages.tables.flatten(), last.cuda()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# What is printed.
+
+
+def _decode_table(rows: list[DecodeRow]) -> Table:
+    table = Table(title="decode, microseconds a layer")
+    splits = [f"{splits} splits" for splits in _SPLITS]
+    for name in ("heads", "batch", "ceiling", "chosen", "us", "of ceiling", "of best", *splits):
+        table.add_column(name, justify="right")
+    table.add_column("FlashInfer (plan)", justify="right")
+    for row in rows:
+        peer = f"{row.flashinfer:.1f} ({row.flashinfer_plan:.0f})" if row.flashinfer else "-"
+        table.add_row(
+            row.heads,
+            str(row.batch),
+            f"{row.ceiling:.1f}",
+            str(row.chosen),
+            f"{row.microseconds:.1f}",
+            f"{row.microseconds / row.ceiling:.2f}x",
+            f"{row.microseconds / min(row.by_splits.values()):.2f}x",
+            *(f"{row.by_splits[splits]:.1f}" for splits in _SPLITS),
+            peer,
+        )
+    return table
+
+
+def _chunk_table(rows: list[ChunkRow]) -> Table:
+    table = Table(title="whole prompts, TFLOP/s")
+    for name in ("heads", "prompts", "tokens", "ours", "matrix rate", "FlashInfer"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        peer = f"{row.flashinfer / 1e12:.0f}" if row.flashinfer else "-"
+        ours, ceiling = f"{row.ours / 1e12:.0f}", f"{row.ceiling / 1e12:.0f}"
+        table.add_row(row.heads, str(row.prompts), str(row.tokens), ours, ceiling, peer)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
