@@ -5,14 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: serve test lint format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/attndrop serve $(ARGS)
 
+# One thread each: teams of threads that share cores wait for each other.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
