@@ -169,4 +169,7 @@ def _attend_chunk(
 def _gather(view: Tensor, tables: Tensor, length: int) -> Tensor:
     """Copy [sequences, pages] pages out of [pages, tokens, kv_heads, dim] into
     [sequences, kv_heads, length, dim]."""
-    return view[tables].flatten(1, 2)[:, :length].transpose(1, 2)
+    # Several times as fast as indexing, which copies element by element.
+    pages = view.index_select(0, tables.flatten())
+    whole = pages.view(len(tables), -1, *view.shape[2:])
+    return whole[:, :length].transpose(1, 2)
