@@ -101,7 +101,7 @@ def _quality(base: BaseModel, tokens: Tensor, exact: list[Tensor]) -> tuple[floa
     """Return perplexity, KL and agreement, four-bit layers on the kernel of few rows."""
     loss = kl = agreed = 0.0
     for window, true in zip(tokens, exact, strict=True):
-        few = patch.multiple("pruning.quantised", _FEW_ROWS=len(window), _FEW_HEAD_ROWS=len(window))
+        few = patch.multiple("pruning.quantised", FEW_ROWS=len(window), _FEW_HEAD_ROWS=len(window))
         with few:
             found = _logprobs(base, window)
         loss -= float(found.gather(1, window[1:, None]).sum())

@@ -14,7 +14,8 @@ transformers model; it is shared by all variants, and the plan does not change.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ GROUP = 32
 _LEVELS = 15
 _OUTPUTS = 16
 """torch packs outputs in multiples of this."""
-_FEW_ROWS = 12
+FEW_ROWS = 12
 """Measured with SmolLM2-135M: 20 ms for all weights at 12 rows, 22 in bfloat16; 6 at one row."""
 _FEW_HEAD_ROWS = 6
 """Measured with 49,152 outputs: 0.9 ms in eight bits at one row, 2.9 in bfloat16; 3.8, 2.9 at 8."""
@@ -87,10 +88,30 @@ class FourBitLinear(nn.Module):
         """Bytes that a product of few rows reads."""
         return self._packed.four_bits.nbytes + self._packed.scales_and_zeros.nbytes
 
+    @property
+    def step_tensors(self) -> list[Tensor]:
+        """What a product of few rows reads."""
+        packed = self._packed
+        bias = [] if packed.bias is None else [packed.bias]
+        return [packed.four_bits, packed.scales_and_zeros, *bias]
+
+    @contextmanager
+    def lent(self, step_tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Compute products of few rows with other tensors, as long as this lasts."""
+        own = self._packed
+        four_bits, scales, *bias = step_tensors
+        self._packed = replace(
+            own, four_bits=four_bits, scales_and_zeros=scales, bias=bias[0] if bias else None
+        )
+        try:
+            yield
+        finally:
+            self._packed = own
+
     def forward(self, inputs: Tensor) -> Tensor:
         packed = self._packed
         rows = inputs.reshape(-1, self.in_features)
-        if rows.shape[0] > _FEW_ROWS:
+        if rows.shape[0] > FEW_ROWS:
             return functional.linear(inputs, packed.bfloat16, packed.bias)
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, packed.four_bits, GROUP, packed.scales_and_zeros
@@ -200,11 +221,11 @@ def quantise(model: PreTrainedModel) -> None:
         model.set_output_embeddings(EightBitHead(head))  # type: ignore[no-untyped-call]
 
 
-def four_bit_layers(model: PreTrainedModel) -> set[FourBitLinear]:
-    """Return the layers in four bits; one that is shared is found through its parts."""
-    modules = list(model.modules())
-    shared = {module.product.linear for module in modules if isinstance(module, SharedPart)}
-    return shared | {module for module in modules if isinstance(module, FourBitLinear)}
+def four_bit_layers(model: nn.Module) -> list[FourBitLinear]:
+    """Return the linear layers in four bits, in order; shared ones are found through their
+    parts."""
+    parts = (m.product.linear if isinstance(m, SharedPart) else m for m in model.modules())
+    return [*dict.fromkeys(part for part in parts if isinstance(part, FourBitLinear))]
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

@@ -15,7 +15,7 @@ This file and projections.py are the only ones that replace parts of a transform
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,10 @@ class Substitute(Protocol):
     """Stands in a dropped sublayer's place: normed input [batch, rows, width] to its output."""
 
     def __call__(self, normed: Tensor) -> Tensor: ...
+
+
+AttentionFunction = Callable[[Tensor, tuple[Tensor, Tensor], Attend, int], Tensor]
+"""Hidden states, position embeddings, what attends and the layer's index, to hidden states."""
 
 
 class AttentionSublayer(nn.Module):
@@ -140,6 +144,15 @@ class WrappedLayer(nn.Module):
         `forward`, which looks up what is its own, stays as it is.
         """
         self._compute = torch.compile(self._compute, *args, **kwargs)  # type: ignore[method-assign]
+
+    def computed(self) -> tuple[AttentionFunction, Callable[[Tensor], Tensor]]:
+        """Return what computes the attention sublayer of rows that all attend, and the MLP's."""
+        return self.attention._attend, self.mlp.forward
+
+    def compute_by(self, attention: AttentionFunction, mlp: Callable[[Tensor], Tensor]) -> None:
+        """Let other functions compute what `computed` returned."""
+        self.attention._attend = attention  # type: ignore[assignment,method-assign]
+        self.mlp.forward = mlp  # type: ignore[assignment,method-assign]
 
     def _compute(
         self,

@@ -13,7 +13,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from pruning.loading import EMBEDDED_MODEL
+from pruning.loading import EMBEDDED_MODEL, cache_folder
 from pruning.variants import FULL
 from server.engine.assembly import AttentionChoice, EngineConfig, default_limits
 from server.engine.scheduler import Limits
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     )
     enforce_eager: bool = Field(
         False,
-        description="On a GPU, no compiled layers and no CUDA graphs: starts sooner, decodes "
+        description="No compiled layers, and on a GPU no CUDA graphs: starts sooner, decodes "
         "slower.",
     )
     prefix_caching: bool = Field(
@@ -171,4 +171,5 @@ class Settings(BaseSettings):
             self.attention_backend,
             self.enforce_eager,
             self.prefix_caching,
+            cache_folder() / "compiled",
         )

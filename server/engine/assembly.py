@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from pruning.families import context_limit, kv_shape
 from pruning.loading import BaseModel
 from pruning.projections import merge_projections
+from pruning.quantised import four_bit_layers
 from pruning.variants import Variants
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
@@ -53,9 +55,11 @@ class EngineConfig:
     attention: AttentionChoice = "auto"
     """`auto` takes the fastest backend that the device allows."""
     enforce_eager: bool = False
-    """No compiled layers and no recorded steps: starts sooner, decodes slower on a GPU."""
+    """No compiled layers and no recorded steps: starts sooner, decodes slower."""
     prefix_caching: bool = True
     """Keep the pages of what was computed, for prompts that begin alike."""
+    compiled: Path | None = None
+    """Where layers compiled for a CPU are kept; None compiles none."""
 
 
 def default_limits(device: torch.device) -> Limits:
@@ -128,6 +132,8 @@ def _runner(
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
     if choose_attention(config.attention, pool) == "sdpa":
         sdpa = SdpaBackend(pool, layout, variants, kv_heads)
+        if config.compiled is not None and not config.enforce_eager:
+            _use_compiled(base, config.compiled)
         overlaps = pool.device.type == "cuda"
         return ModelRunner(base.model, pool, sdpa, sdpa, last_tokens, overlaps=overlaps)
     # Triton exists on GPU machines only.
@@ -154,6 +160,20 @@ def _runner(
     )
     graphs.warm_up(min(limits.running, WARM_ROWS))
     return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)
+
+
+def _use_compiled(base: BaseModel, folder: Path) -> None:
+    """Let layers in four bits run by compiled functions, as soon as there are any."""
+    if not four_bit_layers(base.model):
+        return
+    from server.engine.ahead import CompiledLayers  # brings much of torch along
+
+    layers = CompiledLayers(base.model, folder)
+    if layers.missing:
+        logger.info(
+            "compiling layers in the background, which speeds up decoding and is kept in %s", folder
+        )
+        layers.compile_in_background()
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

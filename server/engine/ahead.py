@@ -1,0 +1,364 @@
+"""Decoder layers on a CPU, compiled ahead of time into functions that hold no Python.
+
+A step of few rows computes so little that what torch does around its operations takes longer. A
+layer is cut where attention is computed, which stays as it is::
+
+    before   hidden, cos, sin             -> query, key, value
+    after    hidden, cos, sin, attended   -> hidden    output projection and residual sum
+    mlp      hidden                       -> hidden
+
+Each function is the family's own code, traced: `before` ends where that code asks for attention,
+`after` is given the answer, and what does not matter for a result is left out by the compiler.
+Weights are inputs: one function serves all layers of a form, and no weight exists twice. More rows
+than MOST_ROWS run the family's code itself.
+
+Functions are kept on disk for the next start. The first start compiles them on a thread while it
+serves, which needs a C++ compiler; without one, layers stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from pruning import quantised, sublayers
+from pruning.attention import Attend, AttentionForm
+from pruning.quantised import FEW_ROWS, four_bit_layers, runs_here
+from pruning.sublayers import WrappedLayer
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = FEW_ROWS
+"""Rows up to which products run on four bits, and so the functions hold."""
+_EXAMPLE_ROWS = 3
+_CPU = torch.device("cpu")
+_PLACES = frozenset({"index", "layer_idx"})
+"""Attributes that say which layer it is, not what it computes."""
+
+Embeddings = tuple[Tensor, Tensor]
+Function = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class CompiledLayers:
+    """The compiled functions of a wrapped model whose layers are in four bits."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        """Let every layer run by what `folder` has for it; the rest is `missing`."""
+        self._folder = folder
+        self._threads = torch.get_num_threads()
+        self._waiting: dict[str, list[_Example]] = {}
+        for example in _examples(model):
+            self._waiting.setdefault(_form(example.layer), []).append(example)
+        # What is traced changes its layer meanwhile: it gets one that no step runs.
+        self._missing: dict[str, _Example] = {}
+        for form, examples in list(self._waiting.items()):
+            if all((folder / form / f"{name}.pt2").exists() for name in _Functions.names()):
+                self._install(form)
+            else:
+                layer = copy.deepcopy(examples[0].layer)
+                self._missing[form] = replace(examples[0], layer=layer)
+
+    @property
+    def missing(self) -> int:
+        """Forms of layers that run uncompiled."""
+        return len(self._missing)
+
+    def compile_in_background(self) -> threading.Thread:
+        """Compile what is missing on a thread of low priority; layers change over when it is done.
+
+        Without a working C++ compiler they stay as they are, and the log says so.
+        """
+        thread = threading.Thread(target=self._compile_quietly, name="compile", daemon=True)
+        thread.start()
+        return thread
+
+    @torch.no_grad()
+    def compile_missing(self) -> None:
+        """Compile what is missing, keep it and let the layers run by it.
+
+        Raises:
+            RuntimeError, OSError, SubprocessError: there is no C++ compiler, or it failed.
+        """
+        started = time.monotonic()
+        for form, example in list(self._missing.items()):
+            _compile_form(example, self._folder / form, self._threads)
+            self._install(form)
+            del self._missing[form]
+        logger.info("compiled layers after %.0f s", time.monotonic() - started)
+
+    def _compile_quietly(self) -> None:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            self.compile_missing()
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning("layers run uncompiled, which is slower: %s", reason)
+
+    def _install(self, form: str) -> None:
+        functions = _Functions(
+            *(_load(self._folder / form / f"{name}.pt2") for name in _Functions.names())
+        )
+        for example in self._waiting.pop(form):
+            _install(example, functions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    """What the layers of one form share."""
+
+    before: Function
+    after: Function
+    mlp: Function
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+
+def _install(example: _Example, functions: _Functions) -> None:
+    """Let a layer compute by its form's functions where they hold."""
+    layer = example.layer
+    weights = _Weights(layer).tensors()
+    eager_attention, eager_mlp = layer.computed()
+    form = _reach(layer, example.hidden, example.embeddings).form
+
+    def attention(hidden: Tensor, embeddings: Embeddings, attend: Attend, index: int) -> Tensor:
+        if hidden.shape[1] > MOST_ROWS:
+            return eager_attention(hidden, embeddings, attend, index)
+        given = [hidden, *embeddings]
+        query, key, value = functions.before([*given, *weights])
+        attended = attend(index, query, key, value, form)
+        return functions.after([*given, attended, *weights])[0]
+
+    def mlp(hidden: Tensor) -> Tensor:
+        if hidden.shape[1] > MOST_ROWS:
+            return eager_mlp(hidden)
+        return functions.mlp([hidden, *weights])[0]
+
+    layer.compute_by(attention, mlp)
+
+
+# Tracing.
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """A layer and what it was called with."""
+
+    layer: WrappedLayer
+    hidden: Tensor
+    embeddings: Embeddings
+
+
+def _examples(model: PreTrainedModel) -> list[_Example]:
+    """Return every layer with what a forward pass of a few tokens gives it."""
+    found: list[_Example] = []
+
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        found.append(_Example(layer, hidden, kwargs["position_embeddings"]))
+
+    layers = model.get_decoder().layers  # type: ignore[no-untyped-call]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    positions = torch.arange(_EXAMPLE_ROWS)[None]
+    model(positions, position_ids=positions)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class _Weights:
+    """The tensors of a layer that a step of few rows reads, in an order that its form decides."""
+
+    def __init__(self, layer: WrappedLayer) -> None:
+        self.parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        self._linears = four_bit_layers(layer)
+
+    def tensors(self) -> list[Tensor]:
+        packed = [tensor for linear in self._linears for tensor in linear.step_tensors]
+        return [*self.parameters.values(), *packed]
+
+    @contextmanager
+    def lent(self, tensors: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Let the layer's products compute with others of `tensors`, which has the order of
+        `tensors()`; yields those that stand for parameters, by name."""
+        rest = iter(tensors)
+        parameters = {name: next(rest) for name in self.parameters}
+        with ExitStack() as lent:
+            for linear in self._linears:
+                lent.enter_context(linear.lent([next(rest) for _ in linear.step_tensors]))
+            yield parameters
+
+
+class _Reached(Exception):  # noqa: N818 - not an error
+    """Attention is asked for."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.form = query, key, value, form
+
+
+def _reach(layer: WrappedLayer, hidden: Tensor, embeddings: Embeddings) -> _Reached:
+    """Run a layer until it asks for attention."""
+
+    def attend(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        raise _Reached(query, key, value, form)
+
+    attention, _ = layer.computed()
+    try:
+        attention(hidden, embeddings, attend, 0)
+    except _Reached as reached:
+        return reached
+    raise AssertionError("the layer asked for no attention")
+
+
+class _Part(nn.Module):
+    """A part of a layer, of inputs alone."""
+
+    def __init__(self, layer: WrappedLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class _Before(_Part):
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reached = _reach(self.layer, hidden, (cos, sin))
+        return reached.query, reached.key, reached.value
+
+
+class _After(_Part):
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attended: Tensor) -> Tensor:
+        def attend(
+            layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+        ) -> Tensor:
+            return attended
+
+        attention, _ = self.layer.computed()
+        return attention(hidden, (cos, sin), attend, 0)
+
+
+class _Mlp(_Part):
+    def forward(self, hidden: Tensor) -> Tensor:
+        _, mlp = self.layer.computed()
+        return mlp(hidden)
+
+
+class _Traced(nn.Module):
+    """A part whose weights are inputs: forward(*inputs, *weights)."""
+
+    def __init__(self, part: _Part, held: _Weights) -> None:
+        super().__init__()
+        self._part = (part,)  # not a submodule: nothing of it is to be kept
+        self._held = held
+
+    def forward(self, *tensors: Tensor) -> Any:
+        inputs, weights = tensors[: -self._count], tensors[-self._count :]
+        with self._held.lent(weights) as parameters:
+            named = {f"layer.{name}": tensor for name, tensor in parameters.items()}
+            return functional_call(self._part[0], named, inputs)
+
+    @property
+    def _count(self) -> int:
+        return len(self._held.tensors())
+
+
+def _compile_form(example: _Example, folder: Path, threads: int) -> None:
+    """Compile the functions of a form that its folder lacks."""
+    layer, hidden, embeddings = example.layer, example.hidden, example.embeddings
+    held = _Weights(layer)
+    attended = _reach(layer, hidden, embeddings).query.transpose(1, 2).contiguous()
+    parts: dict[str, tuple[_Part, list[Tensor]]] = {
+        "before": (_Before(layer), [hidden, *embeddings]),
+        "after": (_After(layer), [hidden, *embeddings, attended]),
+        "mlp": (_Mlp(layer), [hidden]),
+    }
+    for name, (part, inputs) in parts.items():
+        path = folder / f"{name}.pt2"
+        if not path.exists():
+            _compile(_Traced(part, held), inputs, held.tensors(), path, threads)
+
+
+def _compile(
+    traced: _Traced, inputs: list[Tensor], weights: list[Tensor], path: Path, threads: int
+) -> None:
+    """Compile a function of any number of rows up to MOST_ROWS, and write it atomically."""
+    rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
+    shapes = [{1: rows}] * len(inputs) + [None] * len(weights)
+    exported = torch.export.export(
+        traced, (*inputs, *weights), dynamic_shapes=(tuple(shapes),), strict=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=str(Path(folder) / path.name),
+            # int4 runs where the instructions are known to be there; checking them takes long.
+            inductor_configs={"cpp.threads": threads, "cpp.vec_isa_ok": runs_here(_CPU) or None},
+        )
+        os.replace(written, path)
+
+
+def _load(path: Path) -> Function:
+    # What the loaded model does around `boxed_run` takes longer than the function itself.
+    loaded: Function = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
+    return loaded
+
+
+# What tells functions apart.
+
+
+def _form(layer: WrappedLayer) -> str:
+    """Return a name for all that decides what a layer computes, but for its weights' values."""
+    held = _Weights(layer)
+    shapes = [(name, tuple(p.shape), p.dtype) for name, p in held.parameters.items()]
+    packed = [(tuple(tensor.shape), tensor.dtype) for tensor in held.tensors()]
+    modules = [
+        (name, type(module).__qualname__, _settings(module))
+        for name, module in layer.named_modules()
+    ]
+    return hashlib.sha256(repr((shapes, packed, modules, _machine())).encode()).hexdigest()[:24]
+
+
+def _settings(module: nn.Module) -> list[tuple[str, object]]:
+    """Return a module's numbers, switches and names."""
+    kinds = (bool, int, float, str, type(None))
+    return sorted(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name not in _PLACES
+    )
+
+
+def _machine() -> tuple[object, ...]:
+    """Return versions and the processor, for which code is made."""
+    sources = [Path(module.__file__ or "") for module in (quantised, sublayers)]
+    return (
+        torch.__version__,
+        transformers.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+        [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*sources, Path(__file__)]],
+    )
