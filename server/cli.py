@@ -1,4 +1,4 @@
-"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan`.
+"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan` and `export`.
 
 Options of `serve` are made from `Settings`, so that a setting is described once.
 """
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pruning.calibration import CalibrationError
 from pruning.cli import plan_app, progress_bars
+from pruning.export.cli import export_command
 from pruning.importance import ImportanceError
 from pruning.loading import ModelError
 from pruning.plan import PlanError
@@ -55,6 +56,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(plan_app, name="plan")
+app.command("export")(export_command)
 
 
 @app.callback()
