@@ -2,7 +2,8 @@
 
 Where the checkpoint was converted from a GGUF file, that file's own entries are copied. Otherwise
 they are made from the fast tokenizer: byte-level BPE whose way of splitting words llama.cpp knows
-by name, or BPE with byte fallback (SentencePiece).
+by name, or BPE with byte fallback (SentencePiece). For the latter, llama.cpp puts a space before
+every text; transformers, for some models, only before one that does not begin with a space.
 """
 
 from __future__ import annotations
