@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from benchmarks.server import running_server
 from server.engine.detokenize import Vocabulary
 
 ENVIRONMENTS = Path(__file__).parents[2] / "build" / "engines"
+_START_SECONDS = 300
 SCRIPTS = Path(__file__).parent
 
 # Two workers on a machine with one NUMA node, and a KV cache of a size that can be compared.
@@ -36,6 +41,33 @@ class EngineRun:
 
     result: dict[str, Any]
     log: str
+
+
+@dataclass(frozen=True, slots=True)
+class VllmServer:
+    """A running vLLM server: its processes are a group of their own."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._is_up():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("vLLM's server did not start")
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        """End the server and its workers at once, as a machine that is lost."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _is_up(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health").is_success
+        except httpx.HTTPError:
+            return False
 
 
 def python_of(environment: str) -> str:
@@ -75,6 +107,30 @@ def run_engine(environment: str, script: str, **task: Any) -> EngineRun:
         if done.returncode or not out.exists():
             raise RuntimeError(f"{script} failed:\n{done.stdout[-4000:]}")
         return EngineRun(json.loads(out.read_text(encoding="utf-8")), done.stdout)
+
+
+@contextmanager
+def vllm_server(model: str, name: str) -> Iterator[VllmServer]:
+    """Run vLLM's own server on a free port, and end it and its workers afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python_of("vllm"), "-m", "vllm.entrypoints.openai.api_server"]
+    options = ["--model", model, "--served-model-name", name, "--port", str(port)]
+    fixed = ["--trust-remote-code", "--enforce-eager", "--dtype", "float32", "--host", "127.0.0.1"]
+    process = subprocess.Popen(
+        [*command, *options, *fixed, "--max-model-len", "512"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment_variables(),
+        start_new_session=True,
+    )
+    server = VllmServer(f"http://127.0.0.1:{port}", process)
+    try:
+        server.wait_until_up()
+        yield server
+    finally:
+        server.kill()
 
 
 def served_tokens(
