@@ -17,16 +17,16 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from server.api.errors import ApiError, unavailable
 from server.gateway.call import Call
+from server.gateway.connections import FAILURES, Answer, Connections, Outgoing
 from server.gateway.sse import Event, MalformedStreamError, read_events
 from server.gateway.tally import Tally
 from server.gateway.upstream import Pool, Upstream
 
 logger = logging.getLogger(__name__)
 
+_OK = 200
 _BUSY = 429
 _SERVER_ERROR = 500
 _MAX_ERROR_BODY = 64 << 10
@@ -55,10 +55,10 @@ class Timeouts:
 class Opened:
     """An upstream's event stream, of which the first event has come. Close it in any case."""
 
-    def __init__(self, upstream: Upstream, response: httpx.Response) -> None:
+    def __init__(self, upstream: Upstream, answer: Answer) -> None:
         self.upstream = upstream
-        self._response = response
-        self._events = read_events(response.aiter_raw())
+        self._answer = answer
+        self._events = read_events(answer.pieces())
         self._first: Event | None = None
         self._ended = False
         self._closed = False
@@ -89,18 +89,18 @@ class Opened:
         self._closed = True
         self.upstream.outstanding -= 1
         if self._ended:
-            with suppress(httpx.HTTPError, MalformedStreamError, TimeoutError):
+            with suppress(*FAILURES, MalformedStreamError, TimeoutError):
                 async with asyncio.timeout(_END_OF_BODY):
                     async for _ in self._events:
                         pass
-        await self._response.aclose()
+        await self._answer.close()
 
     async def _next(self) -> Event | None:
         try:
             event = await anext(self._events)
         except StopAsyncIteration:
             raise self._failed("ended its stream without [DONE]") from None
-        except (httpx.HTTPError, MalformedStreamError) as error:
+        except (*FAILURES, MalformedStreamError) as error:
             raise self._failed(f"broke its stream ({_name(error)})") from error
         self._ended = event is None
         if event is not None and "error" in event.data:
@@ -117,8 +117,7 @@ class Forwarder:
 
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._client = httpx.AsyncClient(limits=limits, trust_env=False)
+        self._connections: dict[str, Connections] = {}
 
     async def answer(self, call: Call, pool: Pool, method: str = "POST") -> dict[str, Any]:
         """Return an upstream's whole answer.
@@ -156,13 +155,12 @@ class Forwarder:
     async def _answer_of(self, upstream: Upstream, call: Call, method: str) -> dict[str, Any]:
         upstream.outstanding += 1
         try:
-            response = await self._send(upstream, call, method, self._timeouts.request)
+            answer = await self._send(upstream, call, method, self._timeouts.request)
             try:
-                raw = await response.aread()
-                content = json.loads(raw)
+                content = json.loads(await answer.read())
             finally:
-                await response.aclose()
-        except (httpx.HTTPError, ValueError) as error:
+                await answer.close()
+        except (*FAILURES, ValueError) as error:
             upstream.failed(connection=True)
             raise UpstreamFailedError(upstream, f"did not answer ({_name(error)})") from error
         finally:
@@ -176,15 +174,15 @@ class Forwarder:
     async def _open_at(self, upstream: Upstream, call: Call) -> Opened:
         upstream.outstanding += 1
         try:
-            response = await self._send(upstream, call, "POST", self._timeouts.silence)
+            answer = await self._send(upstream, call, "POST", self._timeouts.silence)
         except BaseException as error:
             upstream.outstanding -= 1
-            if isinstance(error, httpx.HTTPError):
+            if isinstance(error, FAILURES):
                 upstream.failed(connection=True)
                 what = f"did not answer ({_name(error)})"
                 raise UpstreamFailedError(upstream, what) from error
             raise
-        opened = Opened(upstream, response)
+        opened = Opened(upstream, answer)
         try:
             await opened.begin()
         except BaseException:
@@ -193,31 +191,36 @@ class Forwarder:
         return opened
 
     async def _send(
-        self, upstream: Upstream, call: Call, method: str, read_timeout: float
-    ) -> httpx.Response:
-        """Return a successful response whose body is not read yet.
+        self, upstream: Upstream, call: Call, method: str, silence_timeout: float
+    ) -> Answer:
+        """Return a successful answer whose body is not read yet.
 
         Raises:
             ApiError: the request is at fault.
             UpstreamFailedError: another upstream may do better.
-            httpx.HTTPError: no answer.
+            FAILURES: no answer.
         """
-        timeout = httpx.Timeout(read_timeout, connect=self._timeouts.connect)
-        request = self._client.build_request(
+        outgoing = Outgoing(
             method,
-            upstream.url + call.path,
-            content=call.body_for(upstream) if method == "POST" else None,
-            headers=call.headers_for(upstream),
-            timeout=timeout,
+            call.path,
+            call.headers_for(upstream),
+            call.body_for(upstream) if method == "POST" else b"",
+            self._timeouts.connect,
+            silence_timeout,
         )
-        response = await self._client.send(request, stream=True)
-        if response.is_success:
-            return response
+        answer = await self._to(upstream).send(outgoing)
+        if answer.status == _OK:
+            return answer
         try:
-            raw = await response.aread()
+            raw = await answer.read()
         finally:
-            await response.aclose()
-        raise _not_successful(upstream, response, raw)
+            await answer.close()
+        raise _not_successful(upstream, answer, raw)
+
+    def _to(self, upstream: Upstream) -> Connections:
+        if upstream.url not in self._connections:
+            self._connections[upstream.url] = Connections(upstream.url)
+        return self._connections[upstream.url]
 
 
 async def stream(
@@ -296,17 +299,17 @@ class _Relay:
         }
 
 
-def _not_successful(upstream: Upstream, response: httpx.Response, raw: bytes) -> Exception:
+def _not_successful(upstream: Upstream, answer: Answer, raw: bytes) -> Exception:
     """Return what an answer other than success means."""
-    status = response.status_code
+    status = answer.status
     try:
         content = json.loads(raw[:_MAX_ERROR_BODY])
     except ValueError:
         content = None
-    refusal = _refusal(status, content, response.headers)
+    refusal = _refusal(status, content, answer.headers)
     if status == _BUSY:
         return UpstreamFailedError(upstream, "is busy", refusal=refusal)
-    if status < _SERVER_ERROR or response.headers.get("x-should-retry") == "false":
+    if status < _SERVER_ERROR or answer.headers.get("x-should-retry") == "false":
         upstream.succeeded()
         return refusal
     upstream.failed(connection=False)

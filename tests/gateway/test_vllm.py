@@ -1,4 +1,4 @@
-"""The gateway in front of two real vLLM servers: the base model, and its export with layers dropped.
+"""The gateway in front of two real vLLM servers: the base model and its export.
 
 Run by `make test-export`.
 """
