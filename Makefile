@@ -15,11 +15,12 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
-# Exported models in vLLM and llama.cpp, each in an environment of its own: large, and built once.
+# Exported models in vLLM and llama.cpp, the gateway before vLLM, and the Kubernetes manifest against its
+# schemas. Each has an environment of its own: large, and built once.
 test-export: $(VENV)/.test engines
 	$(BIN)/python -m pytest -m engines $(ARGS)
 
-engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama-cpp/.ready
+engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama-cpp/.ready $(ENGINES)/kubernetes/.ready
 
 $(ENGINES)/%/.ready: benchmarks/engines/%.txt
 	test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*

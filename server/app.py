@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import chat, completions, models, operations, tokenizer
 from server.api.answers import ClientLeftError
 from server.api.errors import ApiError, install_handlers, too_large, unauthorized
 from server.api.front import VARIANT_HEADER, Front
@@ -29,24 +28,15 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 
 
-ENGINE_ROUTERS = (
-    completions.router,
-    chat.router,
-    models.router,
-    tokenizer.router,
-    operations.router,
-)
-
-
 def create_app(
     service: Front,
+    routers: Sequence[APIRouter],
     *,
-    routers: Sequence[APIRouter] = ENGINE_ROUTERS,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     max_body_size: int = 4 << 20,
 ) -> FastAPI:
-    """Return the application for one front."""
+    """Return the application for one front, with the endpoints that it has."""
     app = FastAPI(title="attndrop", version=service.version, openapi_url="/openapi.json")
     app.state.service = service
     for router in routers:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from server.gateway.scrape import read_usage
-from server.gateway.upstream import Identity, Upstream
+from server.gateway.upstream import Agreement, Identity, Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,15 @@ class Monitor:
     """Watches one upstream until it is stopped."""
 
     def __init__(
-        self, upstream: Upstream, variant: str, interval: float, headers: Mapping[str, str]
+        self,
+        upstream: Upstream,
+        variant: str,
+        agreement: Agreement,
+        interval: float,
+        headers: Mapping[str, str],
     ) -> None:
         self._upstream = upstream
+        self._agreement = agreement
         self._variant = variant
         self._interval = interval
         self._client = httpx.Client(base_url=upstream.url, timeout=_TIMEOUT, headers=headers)
@@ -55,7 +61,9 @@ class Monitor:
         upstream = self._upstream
         try:
             if upstream.identity is None:
-                upstream.identity = read_identity(self._get("/v1/models").json())
+                identity = read_identity(self._get("/v1/models").json())
+                self._agreement.check(identity)
+                upstream.identity = identity
             path = "/ready" if upstream.identity.is_attndrop else "/health"
             self._get(path)
             self._set_reachable(True, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -20,7 +20,7 @@ from server.gateway.metrics import UpstreamCollector
 from server.gateway.monitor import Monitor, Monitors
 from server.gateway.routing import Split
 from server.gateway.settings import EVERY, GatewaySettings
-from server.gateway.upstream import Identity, Pool, Upstream
+from server.gateway.upstream import Agreement, Identity, Pool, Upstream
 from server.metrics import PlanCollector, RequestMetrics
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,7 @@ def start_gateway(settings: GatewaySettings) -> StartedGateway:
     """
     headers = _upstream_headers(settings)
     watched = {
-        name: [
-            (u, Monitor(u, name, settings.health_interval, headers)) for u in map(Upstream, urls)
-        ]
+        name: list(_watched(name, urls, settings.health_interval, headers))
         for name, urls in settings.pools().items()
     }
     _wait(watched, settings.start_timeout)
@@ -59,7 +57,7 @@ def start_gateway(settings: GatewaySettings) -> StartedGateway:
     front = _front(settings, pools, headers)
     app = create_app(
         front,
-        routers=(routes.router, models.router, operations.router),
+        (routes.router, models.router, operations.router),
         api_keys=settings.api_key,
         cors_origins=settings.cors_origin,
         max_body_size=settings.max_body_size,
@@ -71,6 +69,15 @@ def start_gateway(settings: GatewaySettings) -> StartedGateway:
 def _upstream_headers(settings: GatewaySettings) -> dict[str, str]:
     key = settings.upstream_api_key
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _watched(
+    pool: str, urls: Sequence[str], interval: float, headers: Mapping[str, str]
+) -> Iterator[tuple[Upstream, Monitor]]:
+    agreement = Agreement()
+    for url in urls:
+        upstream = Upstream(url)
+        yield upstream, Monitor(upstream, pool, agreement, interval, headers)
 
 
 def _wait(watched: Mapping[str, Sequence[tuple[Upstream, Monitor]]], seconds: float) -> None:

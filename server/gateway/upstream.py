@@ -34,6 +34,31 @@ class Identity:
         return bool(self.variants)
 
 
+class Agreement:
+    """What the attndrop servers of one pool have in common: the model, and each variant's layers.
+
+    Requests of one client may go to any of them, so that they must not differ.
+    """
+
+    def __init__(self) -> None:
+        self._common: Mapping[str, Any] | None = None
+
+    def check(self, identity: Identity) -> None:
+        """Take the first server's word for it, and raise ValueError for one that differs."""
+        if not identity.is_attndrop:
+            return
+        told = {
+            name: entry["variant"]["dropped_layers"] for name, entry in identity.variants.items()
+        }
+        common = {"model": identity.model, "dropped layers": told}
+        self._common = self._common or common
+        if self._common != common:
+            raise ValueError(
+                f"it serves {common}, but another server of its pool {self._common}; start all "
+                "with the same --model and --plan"
+            )
+
+
 Usage = Mapping[str, Mapping[str, float]]
 """By variant ("" for the whole server): values by metric name, as the server's own metrics call
 them without `attndrop_`."""

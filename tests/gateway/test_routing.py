@@ -12,7 +12,7 @@ from server.gateway.routing import Split
 from server.gateway.scrape import read_usage
 from server.gateway.settings import GatewaySettings
 from server.gateway.start import GatewayError, start_gateway
-from server.gateway.upstream import Identity, Pool, Upstream
+from server.gateway.upstream import Agreement, Identity, Pool, Upstream
 from tests.api.calls import error_of
 from tests.gateway.running import gateway
 from tests.gateway.scripted import VLLM_METRICS, scripted
@@ -113,6 +113,18 @@ class TestUpstreams:
             assert upstreams[2].available
         upstreams[2].failed(connection=False)
         assert not pool.alive
+
+
+def test_servers_of_one_pool_must_drop_the_same_layers():
+    def identity(*dropped: int) -> Identity:
+        return Identity("m", 1, {"pruned": {"variant": {"dropped_layers": list(dropped)}}})
+
+    agreement = Agreement()
+    agreement.check(identity(3, 4))
+    agreement.check(identity(3, 4))
+    agreement.check(Identity("any other server", 1, {}))
+    with pytest.raises(ValueError, match=r"start all with the same --model and --plan"):
+        agreement.check(identity(3, 5))
 
 
 class TestUsage:
