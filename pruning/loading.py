@@ -48,6 +48,7 @@ _CHECKPOINT_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
+_OTHER_FILES = ["consolidated*", "original/*"]  # the same weights once more, in other formats
 _FINGERPRINT_ELEMENTS = 64
 _EDGE_BYTES = 1 << 20
 
@@ -167,7 +168,11 @@ def checkpoint_folder(source: str) -> Path:
     if found.is_dir():
         return found
     try:
-        return Path(snapshot_download(source, allow_patterns=_CHECKPOINT_FILES))
+        return Path(
+            snapshot_download(
+                source, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_OTHER_FILES
+            )
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load model {source!r}: {_first_line(error)}") from error
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pruning.export.errors import ExportError
+from pruning.families import UnknownFamilyError, family_of
 from pruning.loading import fingerprint_of, sampled
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -137,6 +138,9 @@ def read_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> Checkpo
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        family_of(config)
+    except UnknownFamilyError as error:
+        raise ExportError(f"cannot export {folder}: {error}") from error
     except (OSError, ValueError) as error:
         raise ExportError(f"cannot read the config of {folder}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:

@@ -140,6 +140,11 @@ class TestDamaged:
         (source / "config.json").write_text(json.dumps(config))
         self.check(source, "holds quantised weights")
 
+    def test_an_unknown_family(self, source):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+        self.check(source, "model family 'gpt2' is not supported; supported families: gemma2")
+
     def test_an_index_that_leaves_the_folder(self, source):
         (source / "model.safetensors").unlink()
         index = {"weight_map": {"model.norm.weight": "../../etc/passwd"}}

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -57,8 +58,9 @@ class Script:
 class ScriptedServer:
     """A server in a thread of its own."""
 
-    def __init__(self, name: str, script: Script) -> None:
+    def __init__(self, name: str, script: Script, tls: ssl.SSLContext | None = None) -> None:
         self.name = name
+        self.tls = tls
         self.script = script
         self.requests: list[dict[str, Any]] = []
         self.request_headers: list[dict[str, str]] = []
@@ -74,7 +76,8 @@ class ScriptedServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -83,7 +86,7 @@ class ScriptedServer:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         listening = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 22)
+            asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 22, ssl=self.tls)
         )
         self.port = listening.sockets[0].getsockname()[1]
         self._ready.set()
@@ -246,9 +249,11 @@ def text(tokens: int = TOKENS) -> str:
 
 
 @contextmanager
-def scripted(name: str = "m", **script: Any) -> Iterator[ScriptedServer]:
+def scripted(
+    name: str = "m", tls: ssl.SSLContext | None = None, **script: Any
+) -> Iterator[ScriptedServer]:
     """Run a scripted server."""
-    server = ScriptedServer(name, Script(**script))
+    server = ScriptedServer(name, Script(**script), tls)
     try:
         yield server
     finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 import threading
 from collections import Counter
 
@@ -14,8 +17,8 @@ from server.gateway.settings import GatewaySettings
 from server.gateway.start import GatewayError, start_gateway
 from server.gateway.upstream import Agreement, Identity, Pool, Upstream
 from tests.api.calls import error_of
-from tests.gateway.running import gateway
-from tests.gateway.scripted import VLLM_METRICS, scripted
+from tests.gateway.running import gateway, shown
+from tests.gateway.scripted import VLLM_METRICS, scripted, text
 
 
 class TestSplit:
@@ -76,6 +79,25 @@ class TestUpstreams:
                 assert headers["authorization"] == "Bearer inner"
                 assert (headers["x-request-id"], headers["traceparent"]) == ("r", "t")
                 assert "x-model-variant" not in headers
+
+    def test_over_tls(self, tmp_path, monkeypatch):
+        openssl = shutil.which("openssl")
+        if openssl is None:
+            pytest.skip("openssl is not on PATH; it makes the certificate")
+        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+        made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=upstream"]
+        files = ["-keyout", key, "-out", certificate, "-addext", "subjectAltName=IP:127.0.0.1"]
+        subprocess.run([openssl, "req", *made, *files], check=True, capture_output=True)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate, key)
+        with scripted(tls=tls) as server:
+            given = f"full={server.url}"
+            with pytest.raises(GatewayError):
+                start_gateway(GatewaySettings(upstream=(given,), start_timeout=0))
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            with gateway(given) as front:
+                for _ in range(2):
+                    assert shown(front.events()) == text()
 
     def test_usage_is_counted_and_only_shown_where_asked_for(self):
         with scripted() as server, gateway(f"full={server.url}") as front:
