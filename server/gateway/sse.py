@@ -29,7 +29,8 @@ class Event:
 
 
 def _bears_tokens(choice: dict[str, Any]) -> bool:
-    if choice.get("finish_reason") is not None or choice.get("text"):
+    shown = ("finish_reason", "text", "logprobs", "token_ids")
+    if any(choice.get(key) for key in shown):
         return True
     delta = choice.get("delta") or {}
     return any(value for key, value in delta.items() if key != "role")

@@ -91,10 +91,14 @@ class Upstream:
     def failed(self, *, connection: bool) -> None:
         """Count a failure, and eject the upstream for a while: longer each time in a row.
 
+        Requests that break together are one failure: what comes while it is ejected adds nothing.
+
         Args:
             connection: whether it broke or hung, rather than answering with a server error.
         """
         self.failed_total += 1
+        if time.monotonic() < self._ejected_until:
+            return
         self._failures += 1
         if connection or self._failures >= _TOLERATED_ANSWERS:
             seconds = min(_LONGEST_EJECTION, _FIRST_EJECTION * 2 ** (self._failures - 1))

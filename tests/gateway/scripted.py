@@ -184,6 +184,9 @@ class ScriptedServer:
                     raise ConnectionResetError
             if self.script.ends_after is None:
                 await self._chunk(writer, b"data: [DONE]\n\n")
+            # Before the end, after which the next request may come on this connection.
+            gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)
             writer.write(b"0\r\n\r\n")
             await writer.drain()
         except ConnectionError:

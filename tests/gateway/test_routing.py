@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from server.gateway.routing import Split
 from server.gateway.scrape import read_usage
 from server.gateway.settings import GatewaySettings
+from server.gateway.sse import Event
 from server.gateway.start import GatewayError, start_gateway
 from server.gateway.upstream import Agreement, Identity, Pool, Upstream
 from tests.api.calls import error_of
@@ -147,6 +148,23 @@ def test_servers_of_one_pool_must_drop_the_same_layers():
     agreement.check(Identity("any other server", 1, {}))
     with pytest.raises(ValueError, match=r"start all with the same --model and --plan"):
         agreement.check(identity(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("choice", "bears"),
+    [
+        ({"text": "", "finish_reason": None}, False),
+        ({"text": "a"}, True),
+        ({"text": "", "finish_reason": "stop"}, True),
+        ({"text": "", "logprobs": {"tokens": ["\ufffd"]}}, True),
+        ({"delta": {"role": "assistant", "content": ""}}, False),
+        ({"delta": {"content": "a"}}, True),
+        ({"delta": {"tool_calls": [{"index": 0}]}}, True),
+        ({"delta": {}}, False),
+    ],
+)
+def test_what_counts_as_shown(choice, bears):
+    assert Event(b"", {"choices": [choice]}).bears_tokens is bears
 
 
 class TestUsage:
