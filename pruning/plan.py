@@ -147,16 +147,20 @@ class Plan:
 
     def check_fits(self, base: BaseModel) -> None:
         """Raise PlanError unless the plan was made for this very base model."""
-        if self.model.layers != len(base.sublayers):
+        self.check_fits_model(base.name, len(base.sublayers), base.fingerprint)
+
+    def check_fits_model(self, name: str, layers: int, fingerprint: str) -> None:
+        """Raise PlanError unless the plan was made for a base model of that fingerprint."""
+        if self.model.layers != layers:
             raise PlanError(
                 f"plan {self.id} is for {self.model.name} with {self.model.layers} layers, but "
-                f"{base.name} has {len(base.sublayers)}; compute a plan for {base.name}"
+                f"{name} has {layers}; compute a plan for {name}"
             )
-        if self.model.fingerprint != base.fingerprint:
+        if self.model.fingerprint != fingerprint:
             raise PlanError(
                 f"plan {self.id} was made for the weights of {self.model.name} "
-                f"({_short(self.model.fingerprint)}), but those of {base.name} differ "
-                f"({_short(base.fingerprint)}); compute a plan for {base.name}"
+                f"({_short(self.model.fingerprint)}), but those of {name} differ "
+                f"({_short(fingerprint)}); compute a plan for {name}"
             )
 
 

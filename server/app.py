@@ -2,7 +2,7 @@
 
     request id -> CORS -> API key -> body limit -> routes
 
-Built from a `Service`, so tests and the command line start the same thing.
+Built from a `Front`, so tests and the command line start the same thing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import re
 import uuid
 from collections.abc import Sequence
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import chat, completions, models, operations, tokenizer
 from server.api.answers import ClientLeftError
 from server.api.errors import ApiError, install_handlers, too_large, unauthorized
-from server.api.service import VARIANT_HEADER, Service
+from server.api.front import VARIANT_HEADER, Front
 
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -30,17 +29,18 @@ _OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 
 
 def create_app(
-    service: Service,
+    service: Front,
+    routers: Sequence[APIRouter],
     *,
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     max_body_size: int = 4 << 20,
 ) -> FastAPI:
-    """Return the application for one service."""
+    """Return the application for one front, with the endpoints that it has."""
     app = FastAPI(title="attndrop", version=service.version, openapi_url="/openapi.json")
     app.state.service = service
-    for part in (completions, chat, models, tokenizer, operations):
-        app.include_router(part.router)
+    for router in routers:
+        app.include_router(router)
     install_handlers(app)
     app.add_exception_handler(ClientLeftError, _client_left)
     app.add_middleware(_BodyLimit, limit=max_body_size, service=service)
@@ -66,7 +66,7 @@ async def _client_left(*_: object) -> JSONResponse:
 class _ApiKeys:
     """Lets requests in that carry one of the keys, compared in constant time."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], service: Service) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], service: Front) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._service = service
@@ -96,6 +96,7 @@ class _RequestId:
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,7 +109,7 @@ class _RequestId:
 class _BodyLimit:
     """Answers 413 to bodies over the limit, without reading them to the end."""
 
-    def __init__(self, app: ASGIApp, limit: int, service: Service) -> None:
+    def __init__(self, app: ASGIApp, limit: int, service: Front) -> None:
         self._app = app
         self._limit = limit
         self._service = service

@@ -1,6 +1,6 @@
-"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan`.
+"""The command line: `attndrop serve` and `gateway`; from the pruning library, `plan` and `export`.
 
-Options of `serve` are made from `Settings`, so that a setting is described once.
+Options are made from the settings, so that a setting is described once.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from pruning.calibration import CalibrationError
 from pruning.cli import plan_app, progress_bars
+from pruning.export.cli import export_command
 from pruning.importance import ImportanceError
 from pruning.loading import ModelError
 from pruning.plan import PlanError
@@ -31,6 +33,8 @@ from server import __version__
 from server.config import Settings
 from server.engine.assembly import EngineConfigError
 from server.engine.detokenize import UnknownDecoderError
+from server.gateway.settings import GatewaySettings
+from server.gateway.start import GatewayError, StartedGateway, start_gateway
 from server.lifecycle import AddressError, Server, bind
 from server.startup import SettingsError, Started, start
 
@@ -45,6 +49,7 @@ USER_ERRORS = (
     UnknownDecoderError,
     SettingsError,
     AddressError,
+    GatewayError,
 )
 
 app = typer.Typer(
@@ -55,6 +60,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(plan_app, name="plan")
+app.command("export")(export_command)
 
 
 @app.callback()
@@ -68,20 +74,27 @@ def main(
         raise typer.Exit
 
 
-def _with_options_of_settings(function: Callable[..., None]) -> Callable[..., None]:
+def _with_options_of(
+    settings: type[BaseSettings],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give `function(**given)` one option for every setting; what is not given is None."""
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_option_type(field), typer.Option(help=_option_help(name, field))],
-        )
-        for name, field in Settings.model_fields.items()
-    ]
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
+
+    def give(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = [_option(name, field) for name, field in settings.model_fields.items()]
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in parameters}
+        return function
+
+    return give
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_option_type(field), typer.Option(help=_option_help(name, field))],
+    )
 
 
 def _option_type(field: FieldInfo) -> Any:
@@ -97,13 +110,10 @@ def _option_help(name: str, field: FieldInfo) -> str:
 
 
 @app.command()
-@_with_options_of_settings
+@_with_options_of(Settings)
 def serve(**given: Any) -> None:
     """Serve a model over HTTP."""
-    try:
-        settings = Settings(**{name: v for name, v in given.items() if v not in (None, [])})
-    except ValidationError as error:
-        raise _fail(_setting_problem(error)) from None
+    settings = _settings(Settings, given)
     _log_to_stderr(settings.log_level)
     server: Server | None = None
 
@@ -118,12 +128,47 @@ def serve(**given: Any) -> None:
     except USER_ERRORS as error:
         raise _fail(str(error)) from None
     server = Server(
-        started,
+        started.app,
+        started.service,
+        started.engine,
         drain_timeout=settings.drain_timeout,
         when_up=lambda url: _greet(url, started),
     )
     server.run([address])
     raise typer.Exit(server.exit_status)
+
+
+@app.command()
+@_with_options_of(GatewaySettings)
+def gateway(**given: Any) -> None:
+    """Serve the same API in front of other servers, a pool of them for each variant."""
+    settings = _settings(GatewaySettings, given)
+    _log_to_stderr(settings.log_level)
+    try:
+        address = bind(settings.host, settings.port)
+        started = start_gateway(settings)
+    except USER_ERRORS as error:
+        raise _fail(str(error)) from None
+    server = Server(
+        started.app,
+        started.front,
+        started.monitors,
+        drain_timeout=settings.drain_timeout,
+        when_up=lambda url: _greet_gateway(url, started),
+    )
+    server.run([address])
+    raise typer.Exit(server.exit_status)
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def _settings(kind: type[S], given: Mapping[str, Any]) -> S:
+    """Return the settings that options and environment make; a mistake ends the program."""
+    try:
+        return kind(**{name: value for name, value in given.items() if value not in (None, [])})
+    except ValidationError as error:
+        raise _fail(_setting_problem(error)) from None
 
 
 def _on_passing_thread(work: Callable[[], Started]) -> Started:
@@ -172,6 +217,20 @@ def _greet(url: str, started: Started) -> None:
         f"-H 'X-Model-Variant: pruned' "
         '-d \'{"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}\'\n'
     )
+
+
+def _greet_gateway(url: str, started: StartedGateway) -> None:
+    """Say where the gateway is and what is behind it."""
+    console = Console(highlight=False, soft_wrap=True)
+    front = started.front
+    console.print(f"\nattndrop {__version__} gateway serves {front.model_name} at {url}\n")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("variant", "upstreams"):
+        table.add_column(heading)
+    for name, pool in front.pools.items():
+        default = " (default)" if name == front.default_variant and front.split is None else ""
+        table.add_row(name + default, "  ".join(upstream.url for upstream in pool.upstreams))
+    console.print(table)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -13,10 +13,12 @@ import socket
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from server.startup import Started
+from server.api.front import Front
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,14 @@ _LAST_WORDS = 1.0
 """Seconds in which a dead engine's clients can still be told."""
 _CLOSE_CONNECTIONS = 5
 """Seconds for open connections to close once nothing runs."""
+
+
+class Worker(Protocol):
+    """What works behind a front, on threads of its own."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None:
+        """End it, and what is left of its requests. Called from another thread, even twice."""
 
 
 class AddressError(ValueError):
@@ -52,7 +62,9 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        started: Started,
+        app: ASGIApp,
+        front: Front,
+        worker: Worker,
         *,
         drain_timeout: float,
         when_up: Callable[[str], None],
@@ -60,15 +72,15 @@ class Server(uvicorn.Server):
         """`when_up` is called with the server's URL once it listens."""
         super().__init__(
             uvicorn.Config(
-                started.app,
+                app,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_CLOSE_CONNECTIONS,
                 server_header=False,
             )
         )
-        self._service = started.service
-        self._engine = started.engine
+        self._front = front
+        self._worker = worker
         self._drain_timeout = drain_timeout
         self._when_up = when_up
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,9 +89,9 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Afterwards `exit_status` says how it went."""
-        self._engine.start()
+        self._worker.start()
         super().run(sockets)
-        self._engine.stop()
+        self._worker.stop()
         if not self.started:
             self.exit_status = 1
 
@@ -90,10 +102,10 @@ class Server(uvicorn.Server):
             self._when_up(self._url())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining or self._loop is None:
+        if self._front.draining or self._loop is None:
             self.force_exit = self.should_exit = True
             return
-        self._service.draining = True
+        self._front.draining = True
         self._loop.call_soon_threadsafe(self._begin_drain)
 
     def engine_died(self) -> None:
@@ -108,15 +120,12 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         deadline = time.monotonic() + self._drain_timeout
-        while self._busy() and time.monotonic() < deadline:  # noqa: ASYNC110 - another thread's
+        while self._front.busy and time.monotonic() < deadline:  # noqa: ASYNC110 - another thread's
             await asyncio.sleep(_POLL)
-        if self._busy():
+        if self._front.busy:
             logger.warning("the drain timeout has passed; aborting what is left")
-            await asyncio.to_thread(self._engine.stop)
+            await asyncio.to_thread(self._worker.stop)
         self._leave()
-
-    def _busy(self) -> bool:
-        return any(v.running or v.waiting for v in self._engine.stats().variants)
 
     def _leave(self) -> None:
         self.should_exit = True

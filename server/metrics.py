@@ -45,20 +45,14 @@ _Labels = tuple[str, str]
 """The values of `model_name` and `variant`."""
 
 
-class Metrics:
-    """The metrics of one server.
+class RequestMetrics:
+    """What requests experienced, and whatever else `collectors` tell.
 
-    `stats` is called once per scrape and must be cheap and safe at any time, also when the engine
-    is dead. Raises ValueError if `variants` is empty or names one twice.
+    Raises ValueError if `variants` is empty or names one twice.
     """
 
     def __init__(
-        self,
-        model_name: str,
-        variants: Sequence[VariantInfo],
-        plan_id: str,
-        version: str,
-        stats: Callable[[], EngineStats],
+        self, model_name: str, variants: Sequence[str], collectors: Sequence[Collector]
     ) -> None:
         self._labels = _labels_by_variant(model_name, variants)
         self._model_name = model_name
@@ -67,8 +61,8 @@ class Metrics:
         self._create_sizes()
         self._create_counters()
         self._start_series_at_zero()
-        self._registry.register(_EngineCollector(model_name, variants, stats))
-        self._registry.register(_PlanCollector(model_name, plan_id, version))
+        for collector in collectors:
+            self._registry.register(collector)
         ProcessCollector(registry=self._registry)
 
     def token_emitted(self, variant: str, seconds_since_previous: float) -> None:
@@ -214,6 +208,28 @@ class Metrics:
                 self._requests_finished.labels(*labels, reason)
         for reason in REFUSAL_REASONS:
             self._requests_refused.labels(self._model_name, reason)
+
+
+class Metrics(RequestMetrics):
+    """The metrics of a server with an engine.
+
+    `stats` is called once per scrape and must be cheap and safe at any time, also when the engine
+    is dead. Raises ValueError if `variants` is empty or names one twice.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        variants: Sequence[VariantInfo],
+        plan_id: str,
+        version: str,
+        stats: Callable[[], EngineStats],
+    ) -> None:
+        collectors = (
+            _EngineCollector(model_name, variants, stats),
+            PlanCollector(model_name, plan_id, version),
+        )
+        super().__init__(model_name, [variant.name for variant in variants], collectors)
 
 
 class _EngineCollector(Collector):
@@ -364,7 +380,7 @@ class _EngineCollector(Collector):
             )
 
 
-class _PlanCollector(Collector):
+class PlanCollector(Collector):
     """Which plan of which model is served, as labels of a constant 1."""
 
     def __init__(self, model_name: str, plan_id: str, version: str) -> None:
@@ -378,11 +394,12 @@ class _PlanCollector(Collector):
         )
 
 
-def _labels_by_variant(model_name: str, variants: Sequence[VariantInfo]) -> dict[str, _Labels]:
-    labels = {v.name: (model_name, v.name) for v in variants}
+def _labels_by_variant(model_name: str, variants: Sequence[str]) -> dict[str, _Labels]:
+    labels = {name: (model_name, name) for name in variants}
     if not labels or len(labels) < len(variants):
-        names = [v.name for v in variants]
-        raise ValueError(f"metrics need at least one variant and distinct names; got {names}")
+        raise ValueError(
+            f"metrics need at least one variant and distinct names; got {list(variants)}"
+        )
     return labels
 
 

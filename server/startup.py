@@ -19,6 +19,7 @@ from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_layer
 from pruning.quantised import is_on_grid, quantise, runs_here
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
+from server.api import chat, completions, models, operations, tokenizer
 from server.api.service import Service
 from server.app import create_app
 from server.config import PRUNED, Settings
@@ -69,6 +70,7 @@ def start(
     service = make_service(settings, base, plan, engine)
     app = create_app(
         service,
+        [part.router for part in (completions, chat, models, tokenizer, operations)],
         api_keys=settings.api_key,
         cors_origins=settings.cors_origin,
         max_body_size=settings.max_body_size,

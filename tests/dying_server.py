@@ -26,7 +26,9 @@ def main() -> int:
         print(f"attndrop serves it at {url}", flush=True)
         threading.Timer(2, lambda: started.engine._commands.put(break_the_engine)).start()
 
-    servers.append(Server(started, drain_timeout=1, when_up=up))
+    servers.append(
+        Server(started.app, started.service, started.engine, drain_timeout=1, when_up=up)
+    )
     servers[0].run([bind(settings.host, settings.port)])
     return servers[0].exit_status
 

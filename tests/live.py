@@ -61,11 +61,13 @@ class LiveServer:
 
 @contextmanager
 def serve(
-    options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    command: str = "serve",
 ) -> Iterator[LiveServer]:
-    """Start a server with `options` and end it afterwards."""
+    """Start a server (or a gateway) with `options` and end it afterwards."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "serve", "--port", "0", *options],
+        [sys.executable, "-m", "server.cli", command, "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,13 +19,14 @@ from starlette.types import Receive, Scope, Send
 from server.api.errors import ApiError
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class ClientLeftError(Exception):
     """The client closed the connection before its answer was complete."""
 
 
-async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, Json]) -> Json:
+async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, T]) -> T:
     """Return what `answer` returns, cancelling it if the client disconnects first.
 
     Raises:
@@ -43,11 +44,13 @@ async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, Jso
 
 
 class EventStream(Response):
-    """Server-sent events made from JSON objects."""
+    """Server-sent events made from JSON objects, or from bytes that hold one each."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Json, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Json | bytes, None], headers: Mapping[str, str]
+    ) -> None:
         super().__init__(
             headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -69,20 +72,21 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    await send(_chunk(_json(event)))
+                    await send(_chunk(event if isinstance(event, bytes) else _json(event)))
         except ApiError as error:
             await send(_chunk(_json(error.body)))
         else:
-            await send(_chunk("[DONE]"))
+            await send(_chunk(b"[DONE]"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _json(value: Json) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def _json(value: Json) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()
 
 
-def _chunk(data: str) -> dict[str, Any]:
-    body = f"data: {data}\n\n".encode()
+def _chunk(data: bytes) -> dict[str, Any]:
+    body = b"data: " + data + b"\n\n"
     return {"type": "http.response.body", "body": body, "more_body": True}
 
 

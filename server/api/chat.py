@@ -15,11 +15,12 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.answers import EventStream, Json, unless_client_leaves
 from server.api.errors import bad_request
+from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Generation, Shown
 from server.api.logprobs import chat_logprobs
 from server.api.params import choice_params
 from server.api.schema import ChatCompletionRequest
-from server.api.service import VARIANT_HEADER, Service
+from server.api.service import Service
 from server.api.usage import Usage
 from server.engine.request import FinishReason
 

@@ -27,7 +27,7 @@ from server.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from server.metrics import Metrics
+from server.metrics import RequestMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class _Inbox:
     that left.
     """
 
-    def __init__(self, metrics: Metrics, variant: str, prompt_tokens: Sequence[int]) -> None:
+    def __init__(self, metrics: RequestMetrics, variant: str, prompt_tokens: Sequence[int]) -> None:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._metrics = metrics

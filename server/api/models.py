@@ -6,39 +6,33 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.service import Service
+from server.api.front import Front
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    service: Service = request.app.state.service
+    service: Front = request.app.state.service
     return {"object": "list", "data": [_entry(service, name) for name in service.model_ids]}
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, request: Request) -> dict[str, Any]:
-    service: Service = request.app.state.service
+    service: Front = request.app.state.service
     service.variant_of_model(model_id)
     return _entry(service, model_id)
 
 
-def _entry(service: Service, name: str) -> dict[str, Any]:
+def _entry(service: Front, name: str) -> dict[str, Any]:
     variant = service.variant_of_model(name) or service.default_variant
-    info = next(info for info in service.engine.describe() if info.name == variant)
+    facts = service.facts(variant)
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "attndrop",
         "root": service.model_name,
-        "max_model_len": service.engine.limit(variant),
-        "variant": {
-            "name": variant,
-            "plan": service.plan_id,
-            "attention_layers": info.attention_layers,
-            "dropped_layers": list(info.dropped_layers),
-            "kv_bytes_per_token": info.kv_bytes_per_token,
-        },
+        **facts,
+        "variant": {"name": variant, "plan": service.plan_id, **facts["variant"]},
     }

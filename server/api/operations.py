@@ -6,24 +6,24 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import unavailable
-from server.api.service import Service
+from server.api.front import Front
 
 router = APIRouter()
 
 
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
-    """200 while the engine lives, draining included; 503 once it is dead."""
-    service: Service = request.app.state.service
-    if not service.engine.stats().alive:
-        raise unavailable("the engine is dead; restart the server", "engine_dead")
+    """200 while requests can be answered, draining included; else 503."""
+    service: Front = request.app.state.service
+    if not service.alive:
+        raise service.dead()
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
     """200 while new requests are taken."""
-    service: Service = request.app.state.service
+    service: Front = request.app.state.service
     if service.draining:
         raise unavailable("the server is shutting down", "draining")
     return await health(request)
@@ -36,6 +36,6 @@ async def version(request: Request) -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    service: Service = request.app.state.service
+    service: Front = request.app.state.service
     body, content_type = service.metrics.render(request.headers.get("accept"))
     return Response(body, media_type=content_type)

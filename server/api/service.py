@@ -1,96 +1,65 @@
-"""What the endpoints share: the engine's verbs, the tokenizer, the names models go by."""
+"""What the endpoints share: the engine's verbs and the tokenizer, beside what every front has."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from starlette.datastructures import Headers
 from transformers import PreTrainedTokenizerBase
 
-from server.api.errors import bad_request, model_not_found
+from server.api.errors import ApiError, bad_request, unavailable
+from server.api.front import Front
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
-from server.metrics import Metrics
-
-VARIANT_HEADER = "X-Model-Variant"
 
 _INLINE_CHARACTERS = 4096
 """Texts that are longer together are tokenised off the event loop."""
 
 
-@dataclass(slots=True)
-class Service:
-    """The state of one server. Made once at start; only `draining` changes."""
+@dataclass(slots=True, kw_only=True)
+class Service(Front):
+    """A front with an engine behind it."""
 
     engine: Engine
-    metrics: Metrics
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     vocabulary_size: int
     end_tokens: frozenset[int]
     """Tokens with which the model ends its text."""
-    model_name: str
     model_fingerprint: str
-    plan_id: str
-    version: str
-    default_variant: str
-    created: int
-    """Unix time, for the models list."""
-    draining: bool = field(default=False)
 
     @property
-    def model_ids(self) -> list[str]:
-        """Every name a client may use: the model's own, and one for each variant."""
-        variants = (f"{self.model_name}:{variant.name}" for variant in self.engine.variants)
-        return [self.model_name, *variants]
+    def variant_names(self) -> Sequence[str]:
+        return [variant.name for variant in self.engine.variants]
 
-    def resolve_variant(self, model: str | None, headers: Headers) -> str:
-        """Return the variant that a model id and the variant header ask for together.
+    @property
+    def alive(self) -> bool:
+        return self.engine.stats().alive
 
-        Raises:
-            ApiError: 404 for an unknown model; 400 for an unknown variant or a contradiction.
-        """
-        named = None if model is None else self.variant_of_model(model)
-        asked = self._variant_of_header(headers)
-        if named and asked and named != asked:
-            raise bad_request(
-                f"the header {VARIANT_HEADER} says {asked!r} but the model id says {named!r}; "
-                "send one of them, or the same in both",
-                param="model",
-                code="variant_conflict",
-            )
-        return named or asked or self.default_variant
+    def dead(self) -> ApiError:
+        return unavailable("the engine is dead; restart the server", "engine_dead")
 
-    def variant_of_model(self, model: str) -> str | None:
-        """Return the variant that a model id names; the bare model name says nothing.
+    @property
+    def busy(self) -> bool:
+        return any(v.running or v.waiting for v in self.engine.stats().variants)
 
-        Raises:
-            ApiError: 404 for a name that this server does not have.
-        """
-        if model not in self.model_ids:
-            raise model_not_found(model, self.model_ids)
-        return model[len(self.model_name) + 1 :] or None
-
-    def _variant_of_header(self, headers: Headers) -> str | None:
-        asked = {value.strip().lower() for value in headers.getlist(VARIANT_HEADER)}
-        if not asked:
-            return None
-        choices = [variant.name for variant in self.engine.variants]
-        if len(asked) > 1 or not asked <= set(choices):
-            raise bad_request(
-                f"the header {VARIANT_HEADER} must be one of: {', '.join(choices)}; "
-                f"not {', '.join(sorted(asked))[:200]!r}",
-                param=VARIANT_HEADER,
-                code="unknown_variant",
-            )
-        return asked.pop()
+    def facts(self, variant: str) -> dict[str, Any]:
+        info = next(info for info in self.engine.describe() if info.name == variant)
+        return {
+            "max_model_len": self.engine.limit(variant),
+            "variant": {
+                "attention_layers": info.attention_layers,
+                "dropped_layers": list(info.dropped_layers),
+                "kv_bytes_per_token": info.kv_bytes_per_token,
+            },
+        }
 
     def system_fingerprint(self, variant: str) -> str:
         """Return what identifies the weights, the plan, the variant and the software together."""
-        parts = (self.model_fingerprint, self.plan_id, variant, self.version)
+        parts = (self.model_fingerprint, str(self.plan_id), variant, self.version)
         return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     async def tokenize(self, texts: Sequence[str], *, special: bool) -> list[tuple[int, ...]]:
