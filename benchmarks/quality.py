@@ -27,7 +27,8 @@ from torch import Tensor
 from pruning.calibration import calibrate
 from pruning.cli import plan_cache, progress_bars
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.plan import Plan, PlanRequest, parse_drop
+from pruning.plan import Plan, parse_drop
+from pruning.plan_cache import PlanRequest
 from pruning.sublayers import rows_attending
 
 
@@ -75,7 +76,7 @@ def main(
     """Measure quality against layers dropped."""
     base = load_base_model(model, dtype=dtype)
     with progress_bars() as progress:
-        request = PlanRequest(calibration=calibration)
+        request = PlanRequest(calibration=(calibration,))
         plan, _ = plan_cache().load_or_compute(base, request, progress)
         tokens = calibrate(text, base, samples=windows, length=length, seed=1).token_ids
     most = len(plan.ranking)

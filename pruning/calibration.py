@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +34,8 @@ MAX_FILE_BYTES = 16 << 20
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _DATA_SET = "hf:"
 _SAMPLING_ROWS = 64
+_HELD_OUT = 4
+"""One in so many samples of each source is held out."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is to do."""
@@ -53,8 +55,9 @@ class CalibrationSet:
 
     token_ids: Tensor
     """[samples, length], int64, on the CPU."""
-    source: str
-    """Where the tokens came from; for a file this includes a hash of its content."""
+    sources: tuple[str, ...]
+    """Where the tokens came from, sample i from source i modulo their number; for a file this
+    includes a hash of its content."""
     seed: int | None
     """What the sampling was seeded with; None where nothing was random."""
 
@@ -72,6 +75,68 @@ class CalibrationSet:
         digest = hashlib.sha256(f"{self.samples}x{self.length}\n".encode())
         digest.update(self.token_ids.numpy().astype("<i8").tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Return the token ids to choose by and those to judge by, both [samples, length].
+
+        One in four samples of each source is held out: what was chosen is judged on tokens that
+        did not choose it.
+
+        Raises:
+            CalibrationError: a source has a single sample.
+        """
+        if self.samples < 2 * len(self.sources):
+            raise CalibrationError(
+                f"{self.samples} samples of {len(self.sources)} sources leave nothing to judge by; "
+                f"give at least {2 * len(self.sources)}, two for each source"
+            )
+        held_out = torch.tensor([self._is_held_out(sample) for sample in range(self.samples)])
+        return self.token_ids[~held_out], self.token_ids[held_out]
+
+    def _is_held_out(self, sample: int) -> bool:
+        source, place = sample % len(self.sources), sample // len(self.sources)
+        count = len(range(source, self.samples, len(self.sources)))
+        return place == count - 1 if count < _HELD_OUT else place % _HELD_OUT == _HELD_OUT - 1
+
+
+def mixture(
+    specs: Sequence[str],
+    base: BaseModel,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Return `samples` calibration sequences, as evenly as can be from several sources.
+
+    Args:
+        specs: as in `calibrate`, each once.
+        seed: of the text that the model writes.
+
+    Raises:
+        CalibrationError: as in `calibrate`; a spec is given twice, or there are too few samples.
+    """
+    if not specs or len(set(specs)) < len(specs):
+        raise CalibrationError(f"calibration sources must be different ones, not {list(specs)}")
+    if samples < len(specs):
+        raise CalibrationError(f"{samples} samples are too few for {len(specs)} sources")
+    parts = [
+        calibrate(
+            spec,
+            base,
+            samples=len(range(index, samples, len(specs))),
+            length=length,
+            seed=seed,
+            progress=progress,
+        )
+        for index, spec in enumerate(specs)
+    ]
+    token_ids = torch.empty(samples, length, dtype=torch.int64)
+    for index, part in enumerate(parts):
+        token_ids[index :: len(parts)] = part.token_ids
+    sources = tuple(source for part in parts for source in part.sources)
+    return CalibrationSet(token_ids, sources, seed if SELF in specs else None)
 
 
 def calibrate(
@@ -96,7 +161,7 @@ def calibrate(
     _check_shape(base, samples, length, seed)
     source = calibration_source(spec)
     if spec == SELF:
-        return CalibrationSet(sample_tokens(base, samples, length, seed, progress), source, seed)
+        return CalibrationSet(sample_tokens(base, samples, length, seed, progress), (source,), seed)
     prefix = base.tokenizer.encode("")
     wanted = samples * (length - len(prefix))
     if spec.startswith(_DATA_SET):
@@ -108,7 +173,7 @@ def calibrate(
             f"calibration data {spec!r} holds {len(ids)} tokens, but {samples} samples of {length} "
             f"need {wanted}; give more text, or lower --samples or --length"
         )
-    return CalibrationSet(_windows(ids, prefix, samples, length), source, None)
+    return CalibrationSet(_windows(ids, prefix, samples, length), (source,), None)
 
 
 def calibration_source(spec: str) -> str:

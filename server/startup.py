@@ -13,10 +13,13 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
-from pruning.calibration import Progress
+from pruning.budget import DEFAULT_BUDGET, Budget, chosen
+from pruning.calibration import SELF, Progress
 from pruning.loading import BaseModel, cache_folder, load_base_model
-from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_layers, read_plan
+from pruning.plan import Plan, parse_layers, read_with_substitutes
+from pruning.plan_cache import PlanCache, PlanRequest, Wanted
 from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.substitutes import Substitutes
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
 from server.api.service import Service
@@ -43,6 +46,9 @@ class Started:
     engine: Engine
     plan: Plan
     plan_origin: str
+    """The file it was read from, `cached` or `computed`."""
+    model: str
+    """What --model said."""
 
 
 def start(
@@ -51,8 +57,9 @@ def start(
     """Load the model, find its plan and build what serves it.
 
     Raises:
-        ModelError, PlanError, CalibrationError, VariantError, QuantisationError,
-            EngineConfigError, SettingsError: with one sentence for the user.
+        ModelError, PlanError, BudgetError, SubstituteError, CalibrationError, ImportanceError,
+            DivergenceError, VariantError, QuantisationError, EngineConfigError, SettingsError:
+            with one sentence for the user.
     """
     base = load_base_model(
         settings.model,
@@ -62,9 +69,11 @@ def start(
     )
     if settings.served_model_name:
         base = replace(base, name=settings.served_model_name)
-    plan, origin = find_plan(settings, base, progress)
+    plan, substitutes, origin = find_plan(settings, base, progress)
     variants = make_variants(settings, plan)
     _quantise(settings, base)
+    if substitutes is not None:
+        _attach(substitutes, base, variants)
     engine = build_engine(base, variants, settings.engine(base.device), on_death)
     service = make_service(settings, base, plan, engine)
     app = create_app(
@@ -73,7 +82,7 @@ def start(
         cors_origins=settings.cors_origin,
         max_body_size=settings.max_body_size,
     )
-    return Started(app, service, engine, plan, origin)
+    return Started(app, service, engine, plan, origin, settings.model)
 
 
 def _quantise(settings: Settings, base: BaseModel) -> None:
@@ -86,18 +95,38 @@ def _quantise(settings: Settings, base: BaseModel) -> None:
         logger.info("weights: int4 in groups of 32; activations and KV cache: bfloat16")
 
 
-def find_plan(settings: Settings, base: BaseModel, progress: Progress) -> tuple[Plan, str]:
-    """Return the plan and where it came from: the file, the cache, or computed now."""
-    if settings.plan is not None:
-        plan = read_plan(Path(settings.plan))
-        plan.check_fits(base)
-        return plan.dropping(settings.drop or str(plan.drop)), settings.plan
-    request = PlanRequest(
-        calibration=settings.calibration, protected=parse_layers(settings.protect)
+def _attach(substitutes: Substitutes, base: BaseModel, variants: Variants) -> None:
+    """Put the substitutes of all dropped layers into their places."""
+    dropped = {layer for variant in variants for layer in variant.dropped(variants.layers)}
+    substitutes.attach(base, dropped)
+    logger.info("%s", substitutes.described(dropped))
+
+
+def find_plan(
+    settings: Settings, base: BaseModel, progress: Progress
+) -> tuple[Plan, Substitutes | None, str]:
+    """Return the plan, its substitutes, and where it came from: the file, the cache, or computed
+    now."""
+    choice = chosen(
+        settings.drop, settings.max_kl, settings.min_agreement, settings.max_perplexity_ratio
     )
+    if settings.plan is not None:
+        plan, substitutes = read_with_substitutes(Path(settings.plan))
+        plan.check_fits(base)
+        return plan if choice is None else plan.choosing(choice), substitutes, settings.plan
+    request = PlanRequest(
+        calibration=settings.calibration or (SELF,), protected=parse_layers(settings.protect)
+    )
+    choice = choice or DEFAULT_BUDGET
     cache = PlanCache(cache_folder() / "plans")
-    plan, origin = cache.load_or_compute(base, request, progress)
-    return plan.dropping(settings.drop or DEFAULT_DROP), origin
+    plan, origin = cache.load_or_compute(base, request, progress, _wanted(settings, choice))
+    return plan.choosing(choice), cache.substitutes(plan), origin
+
+
+def _wanted(settings: Settings, choice: str | Budget) -> Wanted:
+    """Return the depths of all variants, so that what each costs is known."""
+    drops = tuple(definition.partition("=")[2] for definition in settings.variant)
+    return Wanted.by(choice).along(drops)
 
 
 def make_variants(settings: Settings, plan: Plan) -> Variants:
