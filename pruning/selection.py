@@ -20,6 +20,7 @@ from pruning.calibration import Progress
 from pruning.divergence import Baseline, Quality
 from pruning.importance import measure_importance
 from pruning.loading import BaseModel
+from pruning.residuals import Residuals
 from pruning.substitutes import LinearSubstitute, SubstituteKind, Substitutes, fit_linear
 from pruning.trial import Replaced, Trial
 
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 ALWAYS_KEPT = 0
 """Layer 0 keeps its attention in every variant."""
+
+TRIED_TOKENS = 2048
+"""Candidates are tried on so many of the tokens to choose by, since that is what takes long. All of
+them fit substitutes, which is cheap and needs many."""
 
 DEFAULT_CANDIDATES = 6
 """Layers that a greedy step tries: those of the lowest importance among the ones left."""
@@ -62,8 +67,9 @@ class Task:
     substitutes: SubstituteKind | None = None
 
     @property
-    def droppable(self) -> frozenset[int]:
-        return frozenset(range(self.base.layers)) - self.protected - {ALWAYS_KEPT}
+    def tried(self) -> Tensor:
+        """Those of `choosing` that candidates are tried on."""
+        return self.choosing[: max(1, TRIED_TOKENS // self.choosing.shape[1])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +121,8 @@ def cosine(task: Task, journal: Journal, progress: Progress) -> Selection:
 def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
     """Drop the layer that raises the divergence least, again and again.
 
-    A step's cost is KL(full || pruned) on the tokens to choose by. With substitutes, each
-    candidate is tried with the one that was fitted for it, given what is dropped already.
+    A step's cost is KL(full || pruned) on the tokens that candidates are tried on. With substitutes,
+    each candidate is tried with the one that was fitted for it, given what is dropped already.
     """
     importance = measure_importance(task.base, task.choosing, progress=progress)
     order = [step.layer for step in rank_by_importance(importance, task.protected)]
@@ -134,8 +140,11 @@ class _Search:
 
     def __init__(self, task: Task, progress: Progress) -> None:
         self._task = task
-        self._choosing = Trial(task.base, task.choosing, progress)
+        self._trying = Trial(task.base, task.tried)
         self._judging = Trial(task.base, task.held_out)
+        self._fitting = None
+        if task.substitutes is not None:
+            self._fitting = Residuals(task.base, task.choosing, progress)
         self.steps: list[DropStep] = []
         self.dropped: dict[int, LinearSubstitute | None] = {}
 
@@ -150,7 +159,7 @@ class _Search:
     def step(self, candidates: Sequence[int]) -> None:
         """Drop the best of the candidates."""
         tried = {layer: self._fitted(layer) for layer in candidates}
-        found = self._choosing.without_each(tried)
+        found = self._trying.without_each(tried)
         best = min(candidates, key=lambda layer: (found[layer].kl, layer))
         self._take(best, tried[best])
         self.steps.append(DropStep(best, found[best].kl, self._judging.quality()))
@@ -165,15 +174,17 @@ class _Search:
 
     def _take(self, layer: int, substitute: LinearSubstitute | None) -> None:
         replaced: Replaced = {layer: substitute}
-        self._choosing.drop(replaced)
+        self._trying.drop(replaced)
         self._judging.drop(replaced)
+        if self._fitting is not None:
+            self._fitting.drop(replaced)
         self.dropped[layer] = substitute
 
     def _fitted(self, layer: int) -> LinearSubstitute | None:
-        if self._task.substitutes is None:
+        kind = self._task.substitutes
+        if kind is None or self._fitting is None:
             return None
-        dtype = self._task.base.model.dtype
-        return fit_linear(self._choosing.sublayer_pairs(layer), self._task.substitutes, dtype)
+        return fit_linear(self._fitting.sublayer_pairs(layer), kind, self._task.base.model.dtype)
 
 
 DEFAULT_STRATEGY = "cosine"

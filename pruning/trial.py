@@ -5,11 +5,10 @@ Knows residual streams and divergences; knows nothing of how layers are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pruning.calibration import Progress, silent
 from pruning.divergence import Divergence, FullDistribution, Quality, followers
 from pruning.loading import BaseModel
 from pruning.residuals import Residuals
@@ -22,13 +21,13 @@ Replaced = Mapping[int, Substitute | None]
 class Trial:
     """What dropping costs on one set of tokens."""
 
-    def __init__(self, base: BaseModel, token_ids: Tensor, progress: Progress = silent) -> None:
+    def __init__(self, base: BaseModel, token_ids: Tensor) -> None:
         """token_ids is [samples, length]. Runs the full model once.
 
         Raises:
             DivergenceError: its logits are not finite.
         """
-        self._residuals = Residuals(base, token_ids, progress)
+        self._residuals = Residuals(base, token_ids)
         self._full = FullDistribution(base, self._residuals.last(), followers(token_ids))
         self.baseline = self._full.baseline()
 
@@ -56,7 +55,3 @@ class Trial:
     def quality(self) -> Quality:
         """Return what the pruned model is worth now."""
         return self.divergences([self.snapshot()])[0].quality
-
-    def sublayer_pairs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a sublayer's normed inputs and outputs, [rows, width], a few samples at a time."""
-        return self._residuals.sublayer_pairs(layer)

@@ -8,6 +8,7 @@ import torch
 from pruning import divergence
 from pruning.divergence import DivergenceError, Quality
 from pruning.families import FAMILIES
+from pruning.residuals import Residuals
 from pruning.trial import Trial
 from tests.pruning.tiny_models import tiny_base, tiny_model
 from tests.reference.divergence import Cost, cost
@@ -59,7 +60,7 @@ def test_a_substitute_of_the_base_model_plays_no_part() -> None:
 
 def test_what_a_sublayer_maps_is_its_normed_input_to_what_it_adds() -> None:
     base = tiny_base("granite", layers=LAYERS)
-    trial = Trial(base, tokens(3))
+    residuals = Residuals(base, tokens(3))
     plain = tiny_model("granite", layers=LAYERS)
     seen: dict[str, torch.Tensor] = {}
     attention = plain.model.layers[2].self_attn
@@ -69,7 +70,7 @@ def test_what_a_sublayer_maps_is_its_normed_input_to_what_it_adds() -> None:
     )
     with torch.no_grad():
         plain(tokens(3))
-    ((normed, output),) = trial.sublayer_pairs(2)
+    ((normed, output),) = residuals.sublayer_pairs(2)
     torch.testing.assert_close(normed, seen["x"].flatten(0, 1))
     torch.testing.assert_close(output, seen["y"].flatten(0, 1))
 
