@@ -251,11 +251,11 @@ def _continuation(
             attend=attend,
             logits_to_keep=1,
         ).logits[:, -1]
-        ids = _draw(logits, generator)
+        ids = draw(logits, generator)
         yield ids
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token per row [rows, vocabulary]; returns [rows, 1] on the CPU.
 
     By inversion of the cumulative distribution: one random number a row, drawn on the CPU, so
@@ -296,6 +296,34 @@ def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a text file as one document, or a JSON-lines file as one document a line."""
+    if path.suffix.lower() not in JSON_LINES_SUFFIXES:
+        return [_file_text(path)]
+    return [
+        _line_text(path, number, record, tokenizer)
+        for number, record in enumerate(json_records(path), start=1)
+    ]
+
+
+def json_records(path: Path) -> list[Any]:
+    """Return what each line of a JSON-lines file holds.
+
+    Raises:
+        CalibrationError: the file is not readable, too large, or not JSON lines.
+    """
+    lines = _file_text(path).removesuffix("\n").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
+            raise CalibrationError(
+                f"calibration file {path}, line {number}: it is not JSON ({reason})"
+            ) from error
+    return records
+
+
+def _file_text(path: Path) -> str:
     try:
         text = _read(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -304,10 +332,7 @@ def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ) from error
     if not text.strip():
         raise CalibrationError(f"calibration file {path} is empty; give one that holds text")
-    if path.suffix.lower() not in JSON_LINES_SUFFIXES:
-        return [text]
-    lines = text.removesuffix("\n").split("\n")
-    return [_line_text(path, number, line, tokenizer) for number, line in enumerate(lines, start=1)]
+    return text
 
 
 def _read(path: Path) -> bytes:
@@ -332,14 +357,12 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _line_text(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _line_text(path: Path, number: int, record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
-        text = _record_text(json.loads(line), tokenizer)
+        text = _record_text(record, tokenizer)
         if text.strip():
             return text
         problem = "its text is empty"
-    except json.JSONDecodeError as error:
-        problem = f"it is not JSON ({error.msg})"
     except CalibrationError as error:
         problem = str(error)
     raise CalibrationError(f"calibration file {path}, line {number}: {problem}")
@@ -352,13 +375,24 @@ def _record_text(record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
             if isinstance(record.get(field), str):
                 return str(record[field])
         if isinstance(record.get("messages"), list):
-            return _rendered(record["messages"], tokenizer)
+            return rendered(record["messages"], tokenizer)
     raise CalibrationError("it needs 'text' or 'prompt', a string, or 'messages', a list")
 
 
-def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered(
+    messages: list[Any], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool = False
+) -> str:
+    """Return messages as the chat template writes them; `for_answer`, up to where one begins.
+
+    Raises:
+        CalibrationError: the template is missing or cannot render them.
+    """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=for_answer
+            )
+        )
     except (ValueError, TypeError, KeyError, AttributeError, jinja2.TemplateError) as error:
         raise CalibrationError(
             f"the chat template cannot render its messages: {_first_line(error)}"

@@ -72,6 +72,15 @@ class Divergence:
         )
 
 
+def joined(parts: Sequence[Divergence]) -> Divergence:
+    """Return one divergence over the tokens of all parts, in order."""
+    return Divergence(
+        torch.cat([part.kl for part in parts]),
+        torch.cat([part.agrees for part in parts]),
+        torch.cat([part.loss for part in parts]),
+    )
+
+
 class FullDistribution:
     """The full model's next-token distributions over fixed tokens."""
 
@@ -160,8 +169,3 @@ def _loss(logprobs: Tensor, targets: Tensor) -> Tensor:
 def perplexity(loss: Tensor) -> float:
     """Return exp of the mean loss, in nats."""
     return math.exp(min(loss.mean().item(), _MOST_LOSS))
-
-
-def followers(token_ids: Tensor) -> Tensor:
-    """Return the tokens that follow each position but the last, [samples * (length - 1)]."""
-    return token_ids[:, 1:].flatten()

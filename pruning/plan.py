@@ -494,8 +494,13 @@ def new_plan(
         budget=None,
         dtype=dtype_name(base),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        versions=Versions(version("attndrop"), version("torch"), version("transformers")),
+        versions=versions(),
     )
+
+
+def versions() -> Versions:
+    """Return the software that runs here."""
+    return Versions(version("attndrop"), version("torch"), version("transformers"))
 
 
 def dtype_name(base: BaseModel) -> str:

@@ -31,8 +31,19 @@ _BATCH = 8
 class Residuals:
     """A base model over fixed sequences, with a growing set of dropped attention sublayers."""
 
-    def __init__(self, base: BaseModel, token_ids: Tensor, progress: Progress = silent) -> None:
-        """Run the full model once. token_ids is [samples, length].
+    def __init__(
+        self,
+        base: BaseModel,
+        token_ids: Tensor,
+        progress: Progress = silent,
+        *,
+        predicted_from: int = 1,
+    ) -> None:
+        """Run the full model once.
+
+        Args:
+            token_ids: [samples, length].
+            predicted_from: the first position whose token is predicted, 1 or more.
 
         Substitutes that stand in the base model's sublayers are not used here: each drop names
         its own.
@@ -44,13 +55,12 @@ class Residuals:
         self._embeddings: list[Any] = [None] * base.layers
         self._entering: list[list[Tensor]] = []
         self._dropped: dict[int, Substitute | None] = {}
+        self._predicted_from = predicted_from
         self._start(base, token_ids, progress)
 
     def last(self) -> Tensor:
-        """Return what the head sees where a next token is known: [samples * (length - 1), width].
-
-        The last position of a sequence is left out, since what follows it is not known.
-        """
+        """Return what the head sees where the next token is known and predicted:
+        [samples * (length - predicted_from), width]."""
         return torch.cat([self._headed(part) for part in self._entering[-1]])
 
     @torch.inference_mode()
@@ -128,4 +138,4 @@ class Residuals:
         return self._layers[index].mlp(hidden)  # type: ignore[operator, no-any-return]
 
     def _headed(self, hidden: Tensor) -> Tensor:
-        return self._norm(hidden[:, :-1]).flatten(0, 1)  # type: ignore[no-any-return]
+        return self._norm(hidden[:, self._predicted_from - 1 : -1]).flatten(0, 1)  # type: ignore[no-any-return]

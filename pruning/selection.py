@@ -121,8 +121,8 @@ def cosine(task: Task, journal: Journal, progress: Progress) -> Selection:
 def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
     """Drop the layer that raises the divergence least, again and again.
 
-    A step's cost is KL(full || pruned) on the tokens that candidates are tried on. With substitutes,
-    each candidate is tried with the one that was fitted for it, given what is dropped already.
+    A step's cost is KL(full || pruned) on the tokens that candidates are tried on. With
+    substitutes, each candidate is tried with its own, fitted given what is dropped already.
     """
     importance = measure_importance(task.base, task.choosing, progress=progress)
     order = [step.layer for step in rank_by_importance(importance, task.protected)]

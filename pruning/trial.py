@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pruning.divergence import Divergence, FullDistribution, Quality, followers
+from pruning.divergence import Divergence, FullDistribution, Quality
 from pruning.loading import BaseModel
 from pruning.residuals import Residuals
 from pruning.sublayers import Substitute
@@ -21,14 +21,19 @@ Replaced = Mapping[int, Substitute | None]
 class Trial:
     """What dropping costs on one set of tokens."""
 
-    def __init__(self, base: BaseModel, token_ids: Tensor) -> None:
-        """token_ids is [samples, length]. Runs the full model once.
+    def __init__(self, base: BaseModel, token_ids: Tensor, *, predicted_from: int = 1) -> None:
+        """Run the full model once.
+
+        Args:
+            token_ids: [samples, length].
+            predicted_from: the first position whose token is predicted, 1 or more.
 
         Raises:
             DivergenceError: its logits are not finite.
         """
-        self._residuals = Residuals(base, token_ids)
-        self._full = FullDistribution(base, self._residuals.last(), followers(token_ids))
+        self._residuals = Residuals(base, token_ids, predicted_from=predicted_from)
+        targets = token_ids[:, predicted_from:].flatten()
+        self._full = FullDistribution(base, self._residuals.last(), targets)
         self.baseline = self._full.baseline()
 
     def without_each(self, layers: Replaced) -> dict[int, Quality]:

@@ -1,4 +1,4 @@
-"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan`.
+"""The command line: `attndrop serve` and, from the pruning library, `attndrop plan` and `evaluate`.
 
 Options of `serve` are made from `Settings`, so that a setting is described once.
 """
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pruning.cli import USER_ERRORS as PLAN_ERRORS
 from pruning.cli import evidence_of, plan_app, progress_bars
+from pruning.evaluation_cli import evaluate_command
 from pruning.quantised import QuantisationError
 from pruning.selection import DEFAULT_STRATEGY
 from pruning.variants import VariantError
@@ -50,6 +51,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(plan_app, name="plan")
+app.command("evaluate")(evaluate_command)
 
 
 @app.callback()

@@ -156,7 +156,7 @@ def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine
         tokenizer=base.tokenizer,
         vocabulary=Vocabulary(base.tokenizer),
         vocabulary_size=int(base.model.config.get_text_config().vocab_size),
-        end_tokens=end_tokens(base),
+        end_tokens=base.end_tokens,
         model_name=base.name,
         model_fingerprint=base.fingerprint,
         plan_id=plan.id,
@@ -164,11 +164,3 @@ def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine
         default_variant=settings.default_variant.lower(),
         created=int(time.time()),
     )
-
-
-def end_tokens(base: BaseModel) -> frozenset[int]:
-    """Return the tokens with which the model ends its text, by its generation config and
-    tokenizer."""
-    configured = base.model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)
