@@ -32,7 +32,7 @@ DEFAULT_SEED = 0
 
 MAX_FILE_BYTES = 16 << 20
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-_DATA_SET = "hf:"
+DATA_SET = "hf:"
 _SAMPLING_ROWS = 64
 _HELD_OUT = 4
 """One in so many samples of each source is held out."""
@@ -164,7 +164,7 @@ def calibrate(
         return CalibrationSet(sample_tokens(base, samples, length, seed, progress), (source,), seed)
     prefix = base.tokenizer.encode("")
     wanted = samples * (length - len(prefix))
-    if spec.startswith(_DATA_SET):
+    if spec.startswith(DATA_SET):
         ids = list(islice(_tokens(_data_set_texts(spec, base.tokenizer), base.tokenizer), wanted))
     else:
         ids = list(_tokens(_file_texts(Path(spec), base.tokenizer), base.tokenizer))
@@ -184,9 +184,9 @@ def calibration_source(spec: str) -> str:
     """
     if spec == SELF:
         return SELF
-    if spec.startswith(_DATA_SET):
+    if spec.startswith(DATA_SET):
         name, config, split, column = _data_set_parts(spec)
-        return f"{_DATA_SET}{name}:{config or ''}:{split}:{column or ''}"
+        return f"{DATA_SET}{name}:{config or ''}:{split}:{column or ''}"
     path = Path(spec)
     return f"{path.name} sha256:{hashlib.sha256(_read(path)).hexdigest()}"
 
@@ -343,7 +343,7 @@ def _read(path: Path) -> bytes:
         raise CalibrationError(
             f"there is no calibration file {str(path)!r}; give the path of a text or JSON-lines "
             f"file, {SELF!r} for text the model writes itself, or "
-            f"'{_DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]' for a Hugging Face data set"
+            f"'{DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]' for a Hugging Face data set"
         ) from error
     except OSError as error:
         raise CalibrationError(
@@ -404,10 +404,10 @@ def rendered(
 
 def _data_set_parts(spec: str) -> tuple[str, str | None, str, str | None]:
     """Return name, config, split and column; an empty part means its default."""
-    parts = spec.removeprefix(_DATA_SET).split(":")
+    parts = spec.removeprefix(DATA_SET).split(":")
     if not parts[0] or len(parts) > 4:
         raise CalibrationError(
-            f"data set {spec!r} is not of the form '{_DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]'"
+            f"data set {spec!r} is not of the form '{DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]'"
         )
     name, config, split, column = parts + [""] * (4 - len(parts))
     return name, config or None, split or "train", column or None

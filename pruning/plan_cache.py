@@ -13,10 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from pruning.budget import PATIENCE, Budget
 from pruning.calibration import (
+    DATA_SET,
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
     DEFAULT_SEED,
@@ -57,6 +61,8 @@ from pruning.substitutes import SUFFIX, SubstituteError, SubstituteKind, Substit
 from pruning.trial import Trial
 
 logger = logging.getLogger(__name__)
+
+_TOKENS = "token_ids"
 
 Origin = Literal["cached", "computed"]
 
@@ -131,13 +137,50 @@ NOTHING = Wanted()
 class Measurement:
     """A base model, a request, and the calibration tokens, made when they are first needed."""
 
-    def __init__(self, base: BaseModel, request: PlanRequest, progress: Progress) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        request: PlanRequest,
+        progress: Progress,
+        kept_in: Path | None = None,
+    ) -> None:
+        """`kept_in` is a file that the calibration tokens may be in, or that will keep them."""
         self.base = base
         self.request = request
         self.progress = progress
+        self._kept_in = kept_in
 
     @cached_property
     def calibration(self) -> CalibrationSet:
+        if self._kept_in is None:
+            return self._made()
+        if (kept := self._kept(self._kept_in)) is None:
+            kept = self._made()
+            try:
+                write_atomically(self._kept_in, save({_TOKENS: kept.token_ids}))
+            except OSError as error:
+                raise PlanError(f"cannot write {self._kept_in}: {error.strerror}") from error
+        return kept
+
+    def _kept(self, path: Path) -> CalibrationSet | None:
+        """Return the tokens that were made before for the same request, None if there are none."""
+        request = self.request
+        try:
+            table = load(path.read_bytes())[_TOKENS]
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning("making calibration tokens again, since %s is not: %s", path, error)
+            return None
+        vocabulary = int(self.base.model.config.get_text_config().vocab_size)
+        fits = table.dtype == torch.int64 and table.shape == (request.samples, request.length)
+        if not fits or not 0 <= int(table.min()) <= int(table.max()) < vocabulary:
+            logger.warning("making calibration tokens again, since %s holds others", path)
+            return None
+        sources = tuple(map(calibration_source, request.calibration))
+        return CalibrationSet(table, sources, request.seed if SELF in request.calibration else None)
+
+    def _made(self) -> CalibrationSet:
         return mixture(
             self.request.calibration,
             self.base,
@@ -264,8 +307,9 @@ class PlanCache:
 
     A plan's name is a hash over what decides its ranking: the model's fingerprint and dtype, the
     calibration data (for a file: its content), the strategy and its options, and the protected
-    layers. Substitutes lie there under their own fingerprint. A search that is not finished lies
-    under the name of its plan, with the suffix .partial.
+    layers. Substitutes lie there under their own fingerprint, calibration tokens under what made
+    them (the model's own text takes longer to write than to measure on), and a search that is not
+    finished under the name of its plan, with the suffix .partial.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -288,7 +332,8 @@ class PlanCache:
             CalibrationError, ImportanceError, DivergenceError, SubstituteError: as in
                 `compute_plan`.
         """
-        measurement = Measurement(base, request, progress)
+        self._make_folder()
+        measurement = self._measurement(base, request, progress)
         cached = self._cached(base, request)
         plan = self._ranked(measurement) if cached is None else cached
         return self._judged(plan, measurement, wanted), "computed" if cached is None else "cached"
@@ -301,8 +346,10 @@ class PlanCache:
         wanted: Wanted = NOTHING,
     ) -> Plan:
         """Return a newly measured plan and keep it in place of the cached one, if there is one."""
-        measurement = Measurement(base, request, progress)
+        self._make_folder()
+        measurement = self._measurement(base, request, progress)
         _Partial(self._path(base, request), measurement).remove()
+        self._tokens_path(base, request).unlink(missing_ok=True)
         return self._judged(self._ranked(measurement), measurement, wanted)
 
     def substitutes(self, plan: Plan) -> Substitutes | None:
@@ -329,6 +376,21 @@ class PlanCache:
             )
         return max(plans, key=lambda plan: plan.created)
 
+    def _measurement(
+        self, base: BaseModel, request: PlanRequest, progress: Progress
+    ) -> Measurement:
+        """Return a measurement that keeps its calibration tokens, if a hub cannot change them."""
+        is_fixed = not any(spec.startswith(DATA_SET) for spec in request.calibration)
+        return Measurement(
+            base, request, progress, self._tokens_path(base, request) if is_fixed else None
+        )
+
+    def _tokens_path(self, base: BaseModel, request: PlanRequest) -> Path:
+        question = _question(base, request)
+        for name in ("strategy", "candidates", "substitutes", "protected"):
+            del question[name]
+        return self.folder / f"{digest(question)[:16]}.tokens"
+
     def _cached(self, base: BaseModel, request: PlanRequest) -> Plan | None:
         """Return the plan that answers the request, None if none does."""
         path = self._path(base, request)
@@ -347,7 +409,6 @@ class PlanCache:
 
     def _ranked(self, measurement: Measurement) -> Plan:
         """Rank, and keep the plan; a search that was broken off goes on."""
-        self._make_folder()
         path = self._path(measurement.base, measurement.request)
         partial = _Partial(path, measurement)
         plan, substitutes = _ranked(measurement, partial)

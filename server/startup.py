@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from server.config import PRUNED, Settings
 from server.engine.assembly import build_engine
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
+from server.evidence import Evidence, evidence_of_variants
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def start(
     if substitutes is not None:
         _attach(substitutes, base, variants)
     engine = build_engine(base, variants, settings.engine(base.device), on_death)
-    service = make_service(settings, base, plan, engine)
+    evidence = evidence_of_variants(plan, variants, substitutes)
+    service = make_service(settings, base, plan, engine, evidence)
     app = create_app(
         service,
         api_keys=settings.api_key,
@@ -148,11 +150,19 @@ def make_variants(settings: Settings, plan: Plan) -> Variants:
     return variants
 
 
-def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine) -> Service:
+def make_service(
+    settings: Settings,
+    base: BaseModel,
+    plan: Plan,
+    engine: Engine,
+    evidence: Mapping[str, Evidence],
+) -> Service:
     """Return what the endpoints share."""
     return Service(
         engine=engine,
-        metrics=Metrics(base.name, engine.describe(), plan.id, __version__, engine.stats),
+        metrics=Metrics(
+            base.name, engine.describe(), evidence, _plan_labels(plan), __version__, engine.stats
+        ),
         tokenizer=base.tokenizer,
         vocabulary=Vocabulary(base.tokenizer),
         vocabulary_size=int(base.model.config.get_text_config().vocab_size),
@@ -160,7 +170,18 @@ def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine
         model_name=base.name,
         model_fingerprint=base.fingerprint,
         plan_id=plan.id,
+        evidence=evidence,
         version=__version__,
         default_variant=settings.default_variant.lower(),
         created=int(time.time()),
     )
+
+
+def _plan_labels(plan: Plan) -> dict[str, str]:
+    """Return what the metrics say of the plan."""
+    return {
+        "plan_id": plan.id,
+        "strategy": plan.strategy,
+        "substitutes": "none" if plan.substitutes is None else plan.substitutes.kind,
+        "budget": "none" if plan.budget is None else str(plan.budget),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -26,6 +27,7 @@ async def get_model(model_id: str, request: Request) -> dict[str, Any]:
 
 def _entry(service: Service, name: str) -> dict[str, Any]:
     variant = service.variant_of_model(name) or service.default_variant
+    evidence = service.evidence[variant]
     info = next(info for info in service.engine.describe() if info.name == variant)
     return {
         "id": name,
@@ -40,5 +42,10 @@ def _entry(service: Service, name: str) -> dict[str, Any]:
             "attention_layers": info.attention_layers,
             "dropped_layers": list(info.dropped_layers),
             "kv_bytes_per_token": info.kv_bytes_per_token,
+            "quality": None if evidence.quality is None else asdict(evidence.quality),
+            "substitutes": {
+                "parameters": evidence.substitute_parameters,
+                "bytes": evidence.substitute_bytes,
+            },
         },
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from server.api.errors import bad_request, model_not_found
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
+from server.evidence import Evidence
 from server.metrics import Metrics
 
 VARIANT_HEADER = "X-Model-Variant"
@@ -35,6 +36,8 @@ class Service:
     model_name: str
     model_fingerprint: str
     plan_id: str
+    evidence: Mapping[str, Evidence]
+    """Of each variant, by name."""
     version: str
     default_variant: str
     created: int

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from pruning import plan_cache as plan_cache_module
 from pruning.budget import Budget
-from pruning.calibration import CalibrationError, mixture
+from pruning.calibration import CalibrationError, CalibrationSet, mixture
 from pruning.plan import Plan, PlanError, read_plan, write_plan
 from pruning.plan_cache import PlanCache, PlanRequest, Wanted, compute_plan
 from pruning.substitutes import SubstituteKind
@@ -39,7 +41,7 @@ class TestRequest:
 
 
 def entry(cache: PlanCache) -> Path:
-    (path,) = cache.folder.iterdir()
+    (path,) = cache.folder.glob("*.json")
     return path
 
 
@@ -159,6 +161,29 @@ class TestQuality:
         assert more.id == plan.id
         assert more.quality(2) == one_depth(plan, 2)
         assert more.quality(3) == plan.quality(3)
+
+    def test_calibration_tokens_are_made_once_even_for_several_rankings(
+        self, cache, monkeypatch, caplog
+    ):
+        made: list[int] = []
+
+        def counted(*arguments: object, **options: object) -> CalibrationSet:
+            made.append(1)
+            return mixture(*arguments, **options)
+
+        monkeypatch.setattr(plan_cache_module, "mixture", counted)
+        first, _ = cache.load_or_compute(BASE, REQUEST)
+        other, _ = cache.load_or_compute(BASE, replace(REQUEST, protected=frozenset({2})))
+        assert other.calibration == first.calibration
+        assert len(made) == 1
+        (path,) = cache.folder.glob("*.tokens")
+        for damaged in (b"", save({"token_ids": torch.full((2, 12), 10**6)}), save({})):
+            path.write_bytes(damaged)
+            cache.load_or_compute(BASE, REQUEST, wanted=Wanted((str(len(made)),)))
+        assert len(made) == 4
+        assert caplog.text.count("making calibration tokens again") == 3
+        cache.compute(BASE, REQUEST)
+        assert len(made) == 5, "measuring again means from the beginning"
 
     def test_what_is_known_is_not_measured_again(self, cache, monkeypatch):
         wanted = Wanted(("1",), Budget(max_kl=1e-6))
