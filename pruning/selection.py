@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 ALWAYS_KEPT = 0
 """Layer 0 keeps its attention in every variant."""
 
-TRIED_TOKENS = 2048
+TRIED_TOKENS = 1536
 """Candidates are tried on so many of the tokens to choose by, since that is what takes long. All of
 them fit substitutes, which is cheap and needs many."""
 
