@@ -40,7 +40,7 @@ from pruning.plan_cache import PlanCache, PlanRequest, Wanted
 from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY
 from pruning.substitutes import SubstituteError, Substitutes, parse_substitutes
 
-_BAR_WIDTH = 14
+_BAR_WIDTH = 10
 
 USER_ERRORS = (
     ModelError,

@@ -23,8 +23,9 @@ from pruning.loading import BaseModel
 
 _MOST_LOSS = 700.0
 """exp of more is beyond a float; a loss of 700 nats is as useless as any greater one."""
-_ROWS = {"cpu": 128, "cuda": 2048}
-"""Rows whose logits exist at one time, for each of the two models: 25 MB with 49,152 tokens."""
+_LOGITS = {"cpu": 6 << 20, "cuda": 64 << 20}
+"""Logits of one model that exist at one time: 25 MB on a CPU, a few times that with what is made
+of them."""
 
 
 class DivergenceError(ValueError):
@@ -91,7 +92,8 @@ class FullDistribution:
         self._form = logit_form(base.model.config)
         self._last = last
         self._targets = targets.to(last.device)
-        self._rows = _ROWS.get(last.device.type, _ROWS["cpu"])
+        logits = _LOGITS.get(last.device.type, _LOGITS["cpu"])
+        self._rows = max(1, logits // int(base.model.config.get_text_config().vocab_size))
 
     def baseline(self) -> Baseline:
         """Return what the full model itself is on these tokens.

@@ -115,14 +115,27 @@ def find_plan(
     if settings.plan is not None:
         plan, substitutes = read_with_substitutes(Path(settings.plan))
         plan.check_fits(base)
-        return plan if choice is None else plan.choosing(choice), substitutes, settings.plan
+        return plan if choice is None else _chosen(plan, choice), substitutes, settings.plan
     request = PlanRequest(
         calibration=settings.calibration or (SELF,), protected=parse_layers(settings.protect)
     )
     choice = choice or DEFAULT_BUDGET
     cache = PlanCache(cache_folder() / "plans")
     plan, origin = cache.load_or_compute(base, request, progress, _wanted(settings, choice))
-    return plan.choosing(choice), cache.substitutes(plan), origin
+    return _chosen(plan, choice), cache.substitutes(plan), origin
+
+
+def _chosen(plan: Plan, choice: str | Budget) -> Plan:
+    """Return the plan with what was chosen dropped; say so if a budget allows nothing."""
+    chosen_plan = plan.choosing(choice)
+    if chosen_plan.budget is not None and chosen_plan.drop == 0:
+        logger.warning(
+            "the budget (%s) allows no layer to be dropped, so %s is the full model; widen it, or "
+            "make a better plan with `attndrop plan --strategy greedy --substitutes linear`",
+            chosen_plan.budget,
+            PRUNED,
+        )
+    return chosen_plan
 
 
 def _wanted(settings: Settings, choice: str | Budget) -> Wanted:

@@ -10,7 +10,7 @@ from pruning.divergence import DivergenceError, Quality
 from pruning.families import FAMILIES
 from pruning.residuals import Residuals
 from pruning.trial import Trial
-from tests.pruning.tiny_models import tiny_base, tiny_model
+from tests.pruning.tiny_models import VOCABULARY, tiny_base, tiny_model
 from tests.reference.divergence import Cost, cost
 from tests.reference.silenced import silenced
 
@@ -30,7 +30,7 @@ def assert_equal(got: Quality, expected: Cost) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_way_of_dropping_equals_plain_transformers(family: str, monkeypatch) -> None:
-    monkeypatch.setitem(divergence._ROWS, "cpu", 50)  # several slices of rows
+    monkeypatch.setitem(divergence._LOGITS, "cpu", 50 * len(VOCABULARY))  # several slices of rows
     plain = tiny_model(family, layers=LAYERS)
     trial = Trial(tiny_base(family, layers=LAYERS), tokens())
 
