@@ -17,7 +17,7 @@ from pruning.divergence import Quality
 AUTO = "auto"
 """The number of layers to drop that stands for a budget."""
 
-PATIENCE = 3
+PATIENCE = 2
 """Depths in a row that must break a budget before deeper ones are not measured: deeper is worse,
 but for noise."""
 
@@ -75,17 +75,27 @@ class Budget:
                 not measured.
             full_perplexity: the full model's, on the same tokens.
         """
+        found, needed = self._followed(curve, full_perplexity)
+        return None if needed else found
+
+    def depths_needed(self, curve: Sequence[Quality | None], full_perplexity: float) -> int:
+        """Return how many of the curve's depths must be measured next, at the least, before
+        `deepest` can answer; 0 if it can."""
+        return self._followed(curve, full_perplexity)[1]
+
+    def _followed(self, curve: Sequence[Quality | None], full_perplexity: float) -> tuple[int, int]:
+        """Return the deepest depth inside, as far as is known, and how many more must be known."""
         found, outside = 0, 0
         for depth, quality in enumerate(curve, start=1):
+            if outside == PATIENCE:
+                break
             if quality is None:
-                return None
+                return found, PATIENCE - outside
             if self.allows(quality, full_perplexity):
                 found, outside = depth, 0
             else:
                 outside += 1
-            if outside == PATIENCE:
-                break
-        return found
+        return found, 0
 
     def _problems(self) -> Iterator[str]:
         if self.max_kl is None and self.min_agreement is None and self.max_perplexity_ratio is None:

@@ -26,7 +26,7 @@ from pruning.loading import BaseModel
 SELF = "self"
 """The calibration spec for text that the base model writes itself. It needs no data."""
 
-DEFAULT_SAMPLES = 32
+DEFAULT_SAMPLES = 24
 DEFAULT_LENGTH = 128
 DEFAULT_SEED = 0
 

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pruning.budget import PATIENCE, Budget
+from pruning.budget import Budget
 from pruning.calibration import (
     DATA_SET,
     DEFAULT_LENGTH,
@@ -256,9 +256,8 @@ def judged(plan: Plan, measurement: Measurement, wanted: Wanted) -> Plan:
         )
     _, held_out = measurement.calibration.split()
     judge = _Judge(plan, Trial(measurement.base, held_out), measurement.progress)
-    while wanted.budget is not None and judge.plan.deepest(wanted.budget) is None:
-        unknown = [depth for depth, q in enumerate(judge.plan.curve, start=1) if q is None]
-        judge.measure(unknown[:PATIENCE])
+    while wanted.budget is not None and (depths := judge.needed(wanted.budget)):
+        judge.measure(depths)
     judge.measure(wanted.missing(judge.plan))
     return judge.plan
 
@@ -272,6 +271,12 @@ class _Judge:
         self._progress = progress
         self._depth = 0
 
+    def needed(self, budget: Budget) -> list[int]:
+        """Return the depths to measure next to choose by a budget, none if enough are known."""
+        curve = self.plan.curve
+        unknown = [depth for depth, quality in enumerate(curve, start=1) if quality is None]
+        return unknown[: budget.depths_needed(curve, self._trial.baseline.perplexity)]
+
     def measure(self, depths: Collection[int]) -> None:
         """Add the quality of some depths that are not known, each deeper than those before."""
         snapshots = {}
@@ -281,6 +286,8 @@ class _Judge:
             self._trial.drop({step.layer: None for step in steps})
             self._depth = depth
             snapshots[depth] = self._trial.snapshot()
+        if not snapshots:
+            return
         found = self._trial.divergences(list(snapshots.values()))
         qualities = {d: each.quality for d, each in zip(snapshots, found, strict=True)}
         self.plan = self.plan.judged(self._trial.baseline, qualities)

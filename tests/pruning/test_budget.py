@@ -41,9 +41,16 @@ def test_what_was_measured_beyond_the_answer_does_not_matter(kls, known) -> None
 
 
 def test_patience_is_counted_in_a_row() -> None:
-    assert Budget(max_kl=0.2).deepest([*curve(0.3, 0.3, 0.1, 0.3, 0.3), None], 10.0) is None
-    assert Budget(max_kl=0.2).deepest([*curve(0.1, 0.3, 0.3, 0.3), None], 10.0) == 1
-    assert Budget(max_kl=0.2).deepest(curve(0.1, 0.3, 0.3, 0.3, 0.1), 10.0) == 1
+    assert Budget(max_kl=0.2).deepest([*curve(0.3, 0.1, 0.3), None], 10.0) is None
+    assert Budget(max_kl=0.2).deepest([*curve(0.1, 0.3, 0.3), None], 10.0) == 1
+    assert Budget(max_kl=0.2).deepest(curve(0.1, 0.3, 0.3, 0.1), 10.0) == 1
+
+
+def test_no_more_depths_are_asked_for_than_can_be_needed() -> None:
+    budget = Budget(max_kl=0.2)
+    assert budget.depths_needed([None, None, None], 10.0) == 2
+    assert budget.depths_needed([*curve(0.1, 0.3), None], 10.0) == 1
+    assert budget.depths_needed([*curve(0.3, 0.3), None], 10.0) == 0
 
 
 def test_options_together() -> None:
