@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,16 @@ from pruning.loading import BaseModel
 SELF = "self"
 """The calibration spec for text that the base model writes itself. It needs no data."""
 
-DEFAULT_SAMPLES = 32
+DEFAULT_SAMPLES = 24
 DEFAULT_LENGTH = 128
 DEFAULT_SEED = 0
 
 MAX_FILE_BYTES = 16 << 20
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-_DATA_SET = "hf:"
+DATA_SET = "hf:"
 _SAMPLING_ROWS = 64
+_HELD_OUT = 4
+"""One in so many samples of each source is held out."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is to do."""
@@ -53,8 +55,9 @@ class CalibrationSet:
 
     token_ids: Tensor
     """[samples, length], int64, on the CPU."""
-    source: str
-    """Where the tokens came from; for a file this includes a hash of its content."""
+    sources: tuple[str, ...]
+    """Where the tokens came from, sample i from source i modulo their number; for a file this
+    includes a hash of its content."""
     seed: int | None
     """What the sampling was seeded with; None where nothing was random."""
 
@@ -72,6 +75,68 @@ class CalibrationSet:
         digest = hashlib.sha256(f"{self.samples}x{self.length}\n".encode())
         digest.update(self.token_ids.numpy().astype("<i8").tobytes())
         return f"sha256:{digest.hexdigest()}"
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Return the token ids to choose by and those to judge by, both [samples, length].
+
+        One in four samples of each source is held out: what was chosen is judged on tokens that
+        did not choose it.
+
+        Raises:
+            CalibrationError: a source has a single sample.
+        """
+        if self.samples < 2 * len(self.sources):
+            raise CalibrationError(
+                f"{self.samples} samples of {len(self.sources)} sources leave nothing to judge by; "
+                f"give at least {2 * len(self.sources)}, two for each source"
+            )
+        held_out = torch.tensor([self._is_held_out(sample) for sample in range(self.samples)])
+        return self.token_ids[~held_out], self.token_ids[held_out]
+
+    def _is_held_out(self, sample: int) -> bool:
+        source, place = sample % len(self.sources), sample // len(self.sources)
+        count = len(range(source, self.samples, len(self.sources)))
+        return place == count - 1 if count < _HELD_OUT else place % _HELD_OUT == _HELD_OUT - 1
+
+
+def mixture(
+    specs: Sequence[str],
+    base: BaseModel,
+    *,
+    samples: int = DEFAULT_SAMPLES,
+    length: int = DEFAULT_LENGTH,
+    seed: int = DEFAULT_SEED,
+    progress: Progress = silent,
+) -> CalibrationSet:
+    """Return `samples` calibration sequences, as evenly as can be from several sources.
+
+    Args:
+        specs: as in `calibrate`, each once.
+        seed: of the text that the model writes.
+
+    Raises:
+        CalibrationError: as in `calibrate`; a spec is given twice, or there are too few samples.
+    """
+    if not specs or len(set(specs)) < len(specs):
+        raise CalibrationError(f"calibration sources must be different ones, not {list(specs)}")
+    if samples < len(specs):
+        raise CalibrationError(f"{samples} samples are too few for {len(specs)} sources")
+    parts = [
+        calibrate(
+            spec,
+            base,
+            samples=len(range(index, samples, len(specs))),
+            length=length,
+            seed=seed,
+            progress=progress,
+        )
+        for index, spec in enumerate(specs)
+    ]
+    token_ids = torch.empty(samples, length, dtype=torch.int64)
+    for index, part in enumerate(parts):
+        token_ids[index :: len(parts)] = part.token_ids
+    sources = tuple(source for part in parts for source in part.sources)
+    return CalibrationSet(token_ids, sources, seed if SELF in specs else None)
 
 
 def calibrate(
@@ -96,10 +161,10 @@ def calibrate(
     _check_shape(base, samples, length, seed)
     source = calibration_source(spec)
     if spec == SELF:
-        return CalibrationSet(sample_tokens(base, samples, length, seed, progress), source, seed)
+        return CalibrationSet(sample_tokens(base, samples, length, seed, progress), (source,), seed)
     prefix = base.tokenizer.encode("")
     wanted = samples * (length - len(prefix))
-    if spec.startswith(_DATA_SET):
+    if spec.startswith(DATA_SET):
         ids = list(islice(_tokens(_data_set_texts(spec, base.tokenizer), base.tokenizer), wanted))
     else:
         ids = list(_tokens(_file_texts(Path(spec), base.tokenizer), base.tokenizer))
@@ -108,7 +173,7 @@ def calibrate(
             f"calibration data {spec!r} holds {len(ids)} tokens, but {samples} samples of {length} "
             f"need {wanted}; give more text, or lower --samples or --length"
         )
-    return CalibrationSet(_windows(ids, prefix, samples, length), source, None)
+    return CalibrationSet(_windows(ids, prefix, samples, length), (source,), None)
 
 
 def calibration_source(spec: str) -> str:
@@ -119,9 +184,9 @@ def calibration_source(spec: str) -> str:
     """
     if spec == SELF:
         return SELF
-    if spec.startswith(_DATA_SET):
+    if spec.startswith(DATA_SET):
         name, config, split, column = _data_set_parts(spec)
-        return f"{_DATA_SET}{name}:{config or ''}:{split}:{column or ''}"
+        return f"{DATA_SET}{name}:{config or ''}:{split}:{column or ''}"
     path = Path(spec)
     return f"{path.name} sha256:{hashlib.sha256(_read(path)).hexdigest()}"
 
@@ -186,11 +251,11 @@ def _continuation(
             attend=attend,
             logits_to_keep=1,
         ).logits[:, -1]
-        ids = _draw(logits, generator)
+        ids = draw(logits, generator)
         yield ids
 
 
-def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token per row [rows, vocabulary]; returns [rows, 1] on the CPU.
 
     By inversion of the cumulative distribution: one random number a row, drawn on the CPU, so
@@ -231,6 +296,34 @@ def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return a text file as one document, or a JSON-lines file as one document a line."""
+    if path.suffix.lower() not in JSON_LINES_SUFFIXES:
+        return [_file_text(path)]
+    return [
+        _line_text(path, number, record, tokenizer)
+        for number, record in enumerate(json_records(path), start=1)
+    ]
+
+
+def json_records(path: Path) -> list[Any]:
+    """Return what each line of a JSON-lines file holds.
+
+    Raises:
+        CalibrationError: the file is not readable, too large, or not JSON lines.
+    """
+    lines = _file_text(path).removesuffix("\n").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
+            raise CalibrationError(
+                f"calibration file {path}, line {number}: it is not JSON ({reason})"
+            ) from error
+    return records
+
+
+def _file_text(path: Path) -> str:
     try:
         text = _read(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -239,10 +332,7 @@ def _file_texts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ) from error
     if not text.strip():
         raise CalibrationError(f"calibration file {path} is empty; give one that holds text")
-    if path.suffix.lower() not in JSON_LINES_SUFFIXES:
-        return [text]
-    lines = text.removesuffix("\n").split("\n")
-    return [_line_text(path, number, line, tokenizer) for number, line in enumerate(lines, start=1)]
+    return text
 
 
 def _read(path: Path) -> bytes:
@@ -253,7 +343,7 @@ def _read(path: Path) -> bytes:
         raise CalibrationError(
             f"there is no calibration file {str(path)!r}; give the path of a text or JSON-lines "
             f"file, {SELF!r} for text the model writes itself, or "
-            f"'{_DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]' for a Hugging Face data set"
+            f"'{DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]' for a Hugging Face data set"
         ) from error
     except OSError as error:
         raise CalibrationError(
@@ -267,14 +357,12 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _line_text(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _line_text(path: Path, number: int, record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
-        text = _record_text(json.loads(line), tokenizer)
+        text = _record_text(record, tokenizer)
         if text.strip():
             return text
         problem = "its text is empty"
-    except json.JSONDecodeError as error:
-        problem = f"it is not JSON ({error.msg})"
     except CalibrationError as error:
         problem = str(error)
     raise CalibrationError(f"calibration file {path}, line {number}: {problem}")
@@ -287,13 +375,24 @@ def _record_text(record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
             if isinstance(record.get(field), str):
                 return str(record[field])
         if isinstance(record.get("messages"), list):
-            return _rendered(record["messages"], tokenizer)
+            return rendered(record["messages"], tokenizer)
     raise CalibrationError("it needs 'text' or 'prompt', a string, or 'messages', a list")
 
 
-def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def rendered(
+    messages: list[Any], tokenizer: PreTrainedTokenizerBase, *, for_answer: bool = False
+) -> str:
+    """Return messages as the chat template writes them; `for_answer`, up to where one begins.
+
+    Raises:
+        CalibrationError: the template is missing or cannot render them.
+    """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=for_answer
+            )
+        )
     except (ValueError, TypeError, KeyError, AttributeError, jinja2.TemplateError) as error:
         raise CalibrationError(
             f"the chat template cannot render its messages: {_first_line(error)}"
@@ -305,10 +404,10 @@ def _rendered(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _data_set_parts(spec: str) -> tuple[str, str | None, str, str | None]:
     """Return name, config, split and column; an empty part means its default."""
-    parts = spec.removeprefix(_DATA_SET).split(":")
+    parts = spec.removeprefix(DATA_SET).split(":")
     if not parts[0] or len(parts) > 4:
         raise CalibrationError(
-            f"data set {spec!r} is not of the form '{_DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]'"
+            f"data set {spec!r} is not of the form '{DATA_SET}NAME[:CONFIG][:SPLIT][:COLUMN]'"
         )
     name, config, split, column = parts + [""] * (4 - len(parts))
     return name, config or None, split or "train", column or None

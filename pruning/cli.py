@@ -21,25 +21,39 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from pruning import calibration
+from pruning.budget import DEFAULT_BUDGET, Budget, BudgetError, chosen
 from pruning.calibration import CalibrationError
+from pruning.divergence import DivergenceError, Quality
 from pruning.export.errors import ExportError
 from pruning.importance import ImportanceError
 from pruning.llm_drop import plan_from_llm_drop, write_drop_lists
 from pruning.loading import EMBEDDED_MODEL, BaseModel, ModelError, cache_folder, load_base_model
 from pruning.plan import (
-    DEFAULT_DROP,
     Plan,
-    PlanCache,
     PlanError,
-    PlanRequest,
     parse_layers,
     plan_json,
     read_plan,
+    substitutes_path,
     write_plan,
 )
-from pruning.selection import ALWAYS_KEPT, DEFAULT_STRATEGY
+from pruning.plan_cache import PlanCache, PlanRequest, Wanted
+from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY
+from pruning.substitutes import SubstituteError, Substitutes, parse_substitutes
 
-_BAR_WIDTH = 30
+_BAR_WIDTH = 10
+
+USER_ERRORS = (
+    ModelError,
+    CalibrationError,
+    ImportanceError,
+    DivergenceError,
+    BudgetError,
+    SubstituteError,
+    PlanError,
+    ExportError,
+)
+"""What a user can put right."""
 
 
 class _ComputeByDefault(TyperGroup):
@@ -66,6 +80,24 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 DropOption = Annotated[
     str | None, typer.Option(help="Layers to drop: a number (8) or a share of all layers (25%).")
 ]
+AutoDropOption = Annotated[
+    str | None,
+    typer.Option(
+        "--drop",
+        help="Layers to drop: a number (8), a share of all layers (25%), or auto: as many as a "
+        f"budget allows. Without any of these options: {DEFAULT_BUDGET}.",
+    ),
+]
+MaxKlOption = Annotated[
+    float | None, typer.Option(help="Budget: KL from the full model, in nats a token.")
+]
+MinAgreementOption = Annotated[
+    float | None, typer.Option(help="Budget: how often the most likely token is the full model's.")
+]
+MaxRatioOption = Annotated[
+    float | None,
+    typer.Option("--max-perplexity-ratio", help="Budget: perplexity over the full model's."),
+]
 OutputOption = Annotated[
     Path | None, typer.Option(help="The plan file to write. Without it the plan goes to stdout.")
 ]
@@ -74,36 +106,61 @@ OutputOption = Annotated[
 @plan_app.command()
 def compute(
     model: ModelOption = EMBEDDED_MODEL,
-    drop: DropOption = DEFAULT_DROP,
-    calibration_spec: Annotated[
-        str,
+    drop: AutoDropOption = None,
+    max_kl: MaxKlOption = None,
+    min_agreement: MinAgreementOption = None,
+    max_perplexity_ratio: MaxRatioOption = None,
+    calibration_specs: Annotated[
+        list[str] | None,
         typer.Option(
             "--calibration",
-            help="self (text the model writes), a text or .jsonl file, or "
-            "hf:NAME[:CONFIG][:SPLIT][:COLUMN].",
+            help="self (text the model writes; the default), a text or .jsonl file, or "
+            "hf:NAME[:CONFIG][:SPLIT][:COLUMN]. Repeatable: equal shares of each.",
         ),
-    ] = calibration.SELF,
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="Calibration sequences.")
     ] = calibration.DEFAULT_SAMPLES,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = calibration.DEFAULT_LENGTH,
     seed: Annotated[int, typer.Option(help="Of text the model writes.")] = calibration.DEFAULT_SEED,
     protect: Annotated[str, typer.Option(help="Layers never to drop, like 1,2,29.")] = "",
-    strategy: Annotated[str, typer.Option(help="How layers are ranked.")] = DEFAULT_STRATEGY,
+    strategy: Annotated[
+        str, typer.Option(help="How layers are ranked: cosine, or greedy: better and slower.")
+    ] = DEFAULT_STRATEGY,
+    candidates: Annotated[
+        int, typer.Option(help="Layers that each greedy step tries, by importance.")
+    ] = DEFAULT_CANDIDATES,
+    substitutes: Annotated[
+        str,
+        typer.Option(
+            help="What stands in dropped sublayers' places: none, linear, or linear:RANK. With "
+            "--strategy greedy."
+        ),
+    ] = "none",
     output: OutputOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Measure again, even if cached.")] = False,
 ) -> None:
-    """Measure every layer's importance and write a plan."""
+    """Measure what every layer's attention is worth and write a plan."""
     with user_errors():
+        choice = chosen(drop, max_kl, min_agreement, max_perplexity_ratio) or DEFAULT_BUDGET
         request = PlanRequest(
-            calibration_spec, samples, length, seed, strategy, parse_layers(protect)
+            calibration=tuple(calibration_specs or (calibration.SELF,)),
+            samples=samples,
+            length=length,
+            seed=seed,
+            strategy=strategy,
+            protected=parse_layers(protect),
+            candidates=candidates,
+            substitutes=parse_substitutes(substitutes),
         )
+        if request.substitutes is not None and output is None:
+            raise PlanError("substitutes are written beside the plan; name its file by --output")
         base = load_base_model(model, dtype=dtype, device=device)
         with progress_bars() as progress:
-            plan, origin = _measured(base, request, progress, force)
-        _deliver(plan.dropping(drop or DEFAULT_DROP), output, origin)
+            plan, origin = _measured(base, request, progress, choice, force)
+        _deliver(plan.choosing(choice), output, origin, plan_cache().substitutes(plan))
 
 
 @plan_app.command()
@@ -154,27 +211,37 @@ def plan_cache() -> PlanCache:
 
 
 def _measured(
-    base: BaseModel, request: PlanRequest, progress: calibration.Progress, force: bool
+    base: BaseModel,
+    request: PlanRequest,
+    progress: calibration.Progress,
+    choice: str | Budget,
+    force: bool,
 ) -> tuple[Plan, str]:
     """Return the plan and where it came from; `force` measures even what is cached."""
-    cache = plan_cache()
+    cache, wanted = plan_cache(), Wanted.by(choice)
     if force:
-        return cache.compute(base, request, progress), "computed"
-    return cache.load_or_compute(base, request, progress)
+        return cache.compute(base, request, progress, wanted), "computed"
+    return cache.load_or_compute(base, request, progress, wanted)
 
 
-def _deliver(plan: Plan, output: Path | None, origin: str) -> None:
+def _deliver(
+    plan: Plan, output: Path | None, origin: str, substitutes: Substitutes | None = None
+) -> None:
     """Write the plan to its file, or to stdout, and say so on stderr."""
     if output is None:
         typer.echo(plan_json(plan), nl=False)
     else:
-        write_plan(output, plan)
+        write_plan(output, plan, substitutes)
     place = "" if output is None else f" in {output}"
     dropped = ", ".join(map(str, sorted(plan.dropped_layers()))) or "none"
     _say(
         f"plan {plan.id} ({origin}){place}: drops {plan.drop} of {plan.model.layers} layers "
         f"of {plan.model.name}: {dropped}"
     )
+    if (evidence := evidence_of(plan)) is not None:
+        _say(evidence)
+    if substitutes is not None and output is not None:
+        _say(f"{substitutes.described(plan.dropped_layers())} in {substitutes_path(output)}")
 
 
 # What a person sees.
@@ -184,11 +251,26 @@ def _heading(plan: Plan) -> str:
     calibrated = "nothing was measured"
     if (data := plan.calibration) is not None:
         seed = "" if data.seed is None else f", seed {data.seed}"
-        calibrated = f"{data.samples} x {data.length} tokens of {data.source}{seed}"
+        calibrated = f"{data.samples} x {data.length} tokens of {', '.join(data.sources)}{seed}"
     return (
         f"plan {plan.id}: {plan.model.name} ({plan.model.family}, {plan.dtype}), "
         f"drops {plan.drop} of {plan.model.layers} layers\n"
-        f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}"
+        f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}\n"
+        f"substitutes: {plan.substitutes.kind if plan.substitutes else 'none'}\n"
+        f"{evidence_of(plan) or 'the quality of this drop was not measured'}"
+    )
+
+
+def evidence_of(plan: Plan) -> str | None:
+    """Return the sentence that says what the plan's drop costs, None where it was not measured."""
+    quality = plan.quality()
+    if quality is None or plan.held_out is None:
+        return None
+    budget = f"; the budget was {plan.budget}" if plan.budget is not None else ""
+    return (
+        f"on {plan.held_out.tokens} held-out tokens: KL {quality.kl:.3f}, agreement "
+        f"{quality.agreement:.3f}, perplexity "
+        f"{quality.perplexity / plan.held_out.perplexity:.3f} x full's{budget}"
     )
 
 
@@ -199,21 +281,31 @@ def _table(plan: Plan) -> Table:
     table.add_column("order", justify="right")
     table.add_column("importance" if plan.strategy == "cosine" else "cost", justify="right")
     table.add_column("", width=_BAR_WIDTH)
-    table.add_column("attention")
-    steps = {step.layer: (place, step.cost) for place, step in enumerate(plan.ranking, start=1)}
+    for heading in ("KL", "agreement", "perplexity"):
+        table.add_column(heading, justify="right")
+    table.add_column("attention", no_wrap=True)
+    steps = {step.layer: (place, step) for place, step in enumerate(plan.ranking, start=1)}
     highest = max((step.cost or 0.0 for step in plan.ranking), default=0.0)
     dropped = plan.dropped_layers()
     for layer in range(plan.model.layers):
-        place, cost = steps.get(layer, (None, None))
+        place, step = steps.get(layer, (None, None))
+        cost = None if step is None else step.cost
         table.add_row(
             str(layer),
             "" if place is None else str(place),
             "" if cost is None else f"{cost:.5f}",
             _bar(cost, highest),
+            *_quality_cells(None if step is None else step.quality),
             "dropped" if layer in dropped else _why_kept(plan, layer),
             style="dim" if layer in dropped else None,
         )
     return table
+
+
+def _quality_cells(quality: Quality | None) -> tuple[str, str, str]:
+    if quality is None:
+        return "", "", ""
+    return f"{quality.kl:.3f}", f"{quality.agreement:.3f}", f"{quality.perplexity:.1f}"
 
 
 def _bar(cost: float | None, highest: float) -> str:
@@ -272,6 +364,6 @@ def user_errors() -> Iterator[None]:
     """Turn what a user can put right into one sentence on stderr and exit code 1."""
     try:
         yield
-    except (ModelError, CalibrationError, ImportanceError, PlanError, ExportError) as error:
+    except USER_ERRORS as error:
         _say(f"error: {error}")
         raise typer.Exit(1) from error

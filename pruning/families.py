@@ -104,6 +104,24 @@ def kv_shape(config: Any) -> KVShape:
     return KVShape(int(config.num_hidden_layers), int(kv_heads), int(head_dim))
 
 
+@dataclass(frozen=True, slots=True)
+class LogitForm:
+    """What a family does with what its language model head computes."""
+
+    divisor: float = 1.0
+    """Logits are divided by it, as in Granite ..."""
+    softcap: float | None = None
+    """... and become softcap * tanh(logits / softcap), as in Gemma 2."""
+
+
+def logit_form(config: Any) -> LogitForm:
+    """Return what becomes of the head's products."""
+    return LogitForm(
+        float(getattr(config, "logits_scaling", None) or 1.0),
+        getattr(config, "final_logit_softcapping", None),
+    )
+
+
 def context_limit(config: Any) -> int:
     """Return the longest sequence, in tokens, whose result does not depend on its neighbours.
 

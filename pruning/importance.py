@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pruning.calibration import CalibrationSet, Progress, silent
+from pruning.calibration import Progress, silent
 from pruning.loading import BaseModel
 from pruning.sublayers import AttentionSublayer
 
@@ -44,12 +44,12 @@ class _CosineSum:
 @torch.inference_mode()
 def measure_importance(
     base: BaseModel,
-    calibration: CalibrationSet,
+    token_ids: Tensor,
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     progress: Progress = silent,
 ) -> tuple[float, ...]:
-    """Return each layer's importance, from one pass over the calibration set.
+    """Return each layer's importance, from one pass over calibration tokens [samples, length].
 
     Nothing but a sum per layer is kept. The base model must drop nothing while this runs.
 
@@ -57,12 +57,11 @@ def measure_importance(
         ImportanceError: a score is not finite.
     """
     with _watched(base) as sums:
-        for start in range(0, calibration.samples, batch_size):
-            batch = calibration.token_ids[start : start + batch_size]
+        for start in range(0, len(token_ids), batch_size):
+            batch = token_ids[start : start + batch_size]
             base.model(batch.to(base.device), logits_to_keep=1)
-            progress("measuring importance", start + len(batch), calibration.samples)
-    tokens = calibration.samples * calibration.length
-    return _finite(base, tuple(1.0 - (each.total / tokens).item() for each in sums))
+            progress("measuring importance", start + len(batch), len(token_ids))
+    return _finite(base, tuple(1.0 - (each.total / token_ids.numel()).item() for each in sums))
 
 
 @contextmanager

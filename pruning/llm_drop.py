@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pruning.files import write_atomically
 from pruning.loading import BaseModel
-from pruning.plan import Plan, PlanError, new_plan, write_atomically
+from pruning.plan import Plan, PlanError, new_plan
 from pruning.selection import ALWAYS_KEPT, DropStep
 
 STRATEGY = "llm-drop"
@@ -75,8 +76,14 @@ def write_drop_lists(config_path: Path, plan: Plan, count: int | None = None) ->
         count: how many layers to drop; by default the plan's own number.
 
     Raises:
-        PlanError: not readable or writable, for another number of layers, or it drops MLPs.
+        PlanError: not readable or writable, for another number of layers, it drops MLPs, or the
+            plan has substitutes, which a config cannot carry.
     """
+    if plan.substitutes is not None:
+        raise PlanError(
+            f"plan {plan.id} has substitutes, and this format cannot carry them; export a plan "
+            "that was made without --substitutes"
+        )
     dropped = plan.dropped_layers(count)
     config = _read_config(config_path)
     lists = _drop_lists(config_path, config)
@@ -85,7 +92,8 @@ def write_drop_lists(config_path: Path, plan: Plan, count: int | None = None) ->
     config[ATTENTION_KEY] = [step.layer for step in plan.ranking if step.layer in dropped]
     config[MLP_KEY] = []
     try:
-        write_atomically(config_path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(config_path, text.encode())
     except OSError as error:
         raise PlanError(
             f"cannot write {config_path}: {error.strerror}; check the folder's permissions"

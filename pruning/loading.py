@@ -78,6 +78,15 @@ class BaseModel:
         return Path(self.model.config._name_or_path)
 
     @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens with which the model ends its text, by its generation config and tokenizer."""
+        configured = self.model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        return frozenset(
+            token for token in [*ends, self.tokenizer.eos_token_id] if token is not None
+        )
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

@@ -1,50 +1,36 @@
 """Plan: a ranking and how many of its layers to drop, with everything needed to reproduce it.
 
-A plan is a small JSON file that a person can read. This file holds its format, its checks, how it
-is computed, and the cache on disk that lets a model be measured once. It knows nothing of serving,
-and of how a ranking comes about no more than the strategies' names.
+A plan is a small JSON file that a person can read, with the evidence of what dropping costs. This
+file holds its format and its checks. It knows nothing of serving, and nothing of how a ranking
+comes about.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from pruning.calibration import (
-    DEFAULT_LENGTH,
-    DEFAULT_SAMPLES,
-    DEFAULT_SEED,
-    SELF,
-    CalibrationSet,
-    Progress,
-    calibrate,
-    calibration_source,
-    silent,
-)
+from pruning.budget import Budget
+from pruning.divergence import Baseline, Quality
+from pruning.files import write_atomically
 from pruning.loading import BaseModel
-from pruning.selection import ALWAYS_KEPT, DEFAULT_STRATEGY, STRATEGIES, Ranking
-
-logger = logging.getLogger(__name__)
+from pruning.selection import ALWAYS_KEPT, Ranking
+from pruning.substitutes import SUFFIX, SubstituteError, Substitutes, parse_substitutes
 
 FORMAT = "attndrop-plan"
-VERSION = 1
+VERSION = 2
 TARGET = "attention"
-DEFAULT_DROP = "25%"
-"""What is dropped where nobody says how much."""
 MAX_PLAN_BYTES = 1 << 20
 MAX_LAYERS = 1024
 
@@ -69,12 +55,20 @@ class PlannedModel:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a plan was measured on; `source`, `samples`, `length` and `seed` reproduce it."""
+    """What a plan was measured on; `sources`, `samples`, `length` and `seed` reproduce it."""
 
-    source: str
+    sources: tuple[str, ...]
     samples: int
     length: int
     seed: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class SubstitutesRecord:
+    """What stands in dropped sublayers' places; the tensors lie beside the plan."""
+
+    kind: str
     fingerprint: str
 
 
@@ -100,12 +94,21 @@ class Plan:
     model: PlannedModel
     target: str
     strategy: str
+    candidates: int | None
+    """How many layers each step tried; None where the strategy tries none."""
+    substitutes: SubstitutesRecord | None
+    """None: dropped sublayers are skipped."""
     calibration: Calibration | None
     """None where nothing was measured: a plan imported from another tool."""
+    held_out: Baseline | None
+    """The full model on the calibration tokens that judged the ranking and did not choose it; None
+    where no depth was judged yet."""
     protected: tuple[int, ...]
     """Layers that the ranking had to leave out, in order; layer 0 is always among them."""
     ranking: Ranking
     drop: int
+    budget: Budget | None
+    """What chose `drop`; None where a number was asked for."""
     dtype: str
     created: str
     versions: Versions
@@ -116,11 +119,14 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """12 hex digits over all that decides the ranking: not `drop`, `created`, `versions`."""
+        """12 hex digits over all that decides what is dropped at each depth: not `drop` and what
+        chose it, not `created` and `versions`, not the quality."""
         content = asdict(self)
-        for name in ("drop", "created", "versions"):
+        for name in ("drop", "budget", "held_out", "created", "versions"):
             del content[name]
-        return _digest(content)[:12]
+        for step in content["ranking"]:
+            del step["quality"]
+        return digest(content)[:12]
 
     def dropping(self, drop: str) -> Self:
         """Return the plan with as many layers dropped as `drop` asks for (see `parse_drop`).
@@ -132,7 +138,58 @@ class Plan:
 
     def with_drop(self, drop: int) -> Self:
         """Return the plan with another number of layers to drop."""
-        return replace(self, drop=drop)
+        return replace(self, drop=drop, budget=None)
+
+    def choosing(self, choice: str | Budget) -> Self:
+        """Return the plan with as many layers dropped as a number, a share or a budget says.
+
+        Raises:
+            PlanError: as `dropping` and `within` do.
+        """
+        return self.within(choice) if isinstance(choice, Budget) else self.dropping(choice)
+
+    def within(self, budget: Budget) -> Self:
+        """Return the plan with the most layers dropped that stay inside a budget.
+
+        Raises:
+            PlanError: the quality of too few depths was measured.
+        """
+        if (drop := self.deepest(budget)) is None:
+            raise PlanError(
+                f"plan {self.id} does not say what enough of its depths cost to choose by a budget "
+                f"({budget}); measure them with `attndrop plan`, or give a number of layers"
+            )
+        return replace(self, drop=drop, budget=budget)
+
+    def deepest(self, budget: Budget) -> int | None:
+        """Return the most layers that stay inside a budget; None where too few depths were
+        measured to say."""
+        if self.held_out is None:
+            return None
+        return budget.deepest(self.curve, self.held_out.perplexity)
+
+    @property
+    def curve(self) -> tuple[Quality | None, ...]:
+        """The quality of each depth, from one layer dropped on; None where not measured."""
+        return tuple(step.quality for step in self.ranking)
+
+    def judged(self, held_out: Baseline, qualities: Mapping[int, Quality]) -> Self:
+        """Return the plan with the quality of more depths; depth 1 drops one layer."""
+        ranking = tuple(
+            replace(step, quality=qualities.get(depth, step.quality))
+            for depth, step in enumerate(self.ranking, start=1)
+        )
+        return replace(self, ranking=ranking, held_out=held_out)
+
+    def quality(self, count: int | None = None) -> Quality | None:
+        """Return what dropping `count` layers (by default the plan's own number) costs on held-out
+        tokens; None where that was not measured."""
+        count = self.drop if count is None else count
+        if count == 0:
+            if self.held_out is None:
+                return None
+            return Quality(kl=0.0, agreement=1.0, perplexity=self.held_out.perplexity)
+        return self.ranking[count - 1].quality
 
     def dropped_layers(self, count: int | None = None) -> frozenset[int]:
         """Return the first `count` layers of the ranking; by default the plan's own count."""
@@ -159,18 +216,15 @@ class Plan:
         if self.model.fingerprint != fingerprint:
             raise PlanError(
                 f"plan {self.id} was made for the weights of {self.model.name} "
-                f"({_short(self.model.fingerprint)}), but those of {name} differ "
-                f"({_short(fingerprint)}); compute a plan for {name}"
+                f"({short(self.model.fingerprint)}), but those of {name} differ "
+                f"({short(fingerprint)}); compute a plan for {name}"
             )
 
 
 def _problems(plan: Plan) -> Iterator[str]:
     """Yield what is wrong with a plan, most basic first."""
     if (plan.format, plan.version) != (FORMAT, VERSION):
-        yield (
-            f"its format is {plan.format!r} version {plan.version}, but this release reads "
-            f"{FORMAT!r} version {VERSION}"
-        )
+        yield _foreign_format(plan.format, plan.version)
     if plan.target != TARGET:
         yield f"its target is {plan.target!r}, but only {TARGET!r} can be dropped"
     if not 1 <= plan.model.layers <= MAX_LAYERS:
@@ -182,14 +236,51 @@ def _problems(plan: Plan) -> Iterator[str]:
     for step in plan.ranking:
         if step.cost is not None and not math.isfinite(step.cost):
             yield f"the cost of layer {step.layer} is not a finite number"
+        if step.quality is not None and not _is_possible(step.quality):
+            yield f"the quality at layer {step.layer} is not one that can be measured"
+    yield from _evidence_problems(plan)
     if not 0 <= plan.drop <= len(plan.ranking):
         yield f"cannot drop {plan.drop} layers: {_ranked(plan)}"
+
+
+def _foreign_format(name: Any, number: Any) -> str:
+    return (
+        f"its format is {name!r:.40} version {number!r:.20}, but this release reads {FORMAT!r} "
+        f"version {VERSION}; compute it again with `attndrop plan`"
+    )
+
+
+def _is_possible(quality: Quality) -> bool:
+    return (
+        math.isfinite(quality.kl)
+        and 0 <= quality.agreement <= 1
+        and math.isfinite(quality.perplexity)
+        and quality.perplexity > 0
+    )
+
+
+def _evidence_problems(plan: Plan) -> Iterator[str]:
+    if plan.held_out is None:
+        if any(step.quality is not None for step in plan.ranking):
+            yield "its ranking holds quality, but held_out does not say on what it was measured"
+    elif plan.held_out.tokens < 1 or not 0 < plan.held_out.perplexity < math.inf:
+        yield "held_out must hold at least one token and a perplexity above 0"
+    if plan.candidates is not None and plan.candidates < 1:
+        yield f"candidates must be at least 1, not {plan.candidates}"
+    if plan.substitutes is not None:
+        try:
+            if parse_substitutes(plan.substitutes.kind) is None:
+                yield "substitutes must be null where there are none"
+        except SubstituteError as error:
+            yield str(error)
 
 
 def _fingerprint_problems(plan: Plan) -> Iterator[str]:
     fingerprints = {"model": plan.model.fingerprint}
     if plan.calibration is not None:
         fingerprints["calibration"] = plan.calibration.fingerprint
+    if plan.substitutes is not None:
+        fingerprints["substitutes"] = plan.substitutes.fingerprint
     for name, fingerprint in fingerprints.items():
         if not _FINGERPRINT.fullmatch(fingerprint):
             yield f"{name}.fingerprint must be 'sha256:' and 64 hex digits, not {fingerprint!r:.80}"
@@ -284,19 +375,72 @@ def read_plan(path: Path) -> Plan:
     if size > MAX_PLAN_BYTES:
         raise PlanError(f"plan {path} has {size} bytes; a plan has at most {MAX_PLAN_BYTES}")
     try:
+        _check_format(content)
         return _PLAN.validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
         raise PlanError(f"plan {path} is not usable: {_first_problem(error)}") from error
+    except PlanError as error:
+        raise PlanError(f"plan {path} is not usable: {error}") from error
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """Write a plan file, whole or not at all.
+def read_with_substitutes(path: Path) -> tuple[Plan, Substitutes | None]:
+    """Read a plan file, and the substitutes beside it if the plan has some.
+
+    Raises:
+        PlanError: as `read_plan`, or the substitutes are not the plan's.
+        SubstituteError: their file is missing or not usable.
+    """
+    plan = read_plan(path)
+    return plan, substitutes_of(plan, substitutes_path(path))
+
+
+def substitutes_of(plan: Plan, path: Path) -> Substitutes | None:
+    """Return the plan's substitutes from their file, None if it has none.
+
+    Raises:
+        PlanError: the file holds others.
+        SubstituteError: it is missing or not usable.
+    """
+    if plan.substitutes is None:
+        return None
+    substitutes = Substitutes.read(path)
+    if substitutes.fingerprint != plan.substitutes.fingerprint:
+        raise PlanError(
+            f"the substitutes in {path} ({short(substitutes.fingerprint)}) are not those of plan "
+            f"{plan.id} ({short(plan.substitutes.fingerprint)}); keep the two files together"
+        )
+    return substitutes
+
+
+def substitutes_path(plan_path: Path) -> Path:
+    """Return where the substitutes of a plan file lie: beside it, under its name."""
+    return plan_path.with_suffix(SUFFIX)
+
+
+def _check_format(content: bytes) -> None:
+    """Refuse another version of the format before its fields are looked at."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return  # the parser says it better
+    if not isinstance(found, dict) or not {"format", "version"} <= found.keys():
+        return
+    if (found["format"], found["version"]) != (FORMAT, VERSION):
+        raise PlanError(_foreign_format(found["format"], found["version"]))
+
+
+def write_plan(path: Path, plan: Plan, substitutes: Substitutes | None = None) -> None:
+    """Write a plan file, whole or not at all, and before it the substitutes beside it.
 
     Raises:
         PlanError: the file cannot be written.
     """
     try:
-        write_atomically(path, plan_json(plan))
+        if substitutes is not None:
+            if path.suffix == SUFFIX:
+                raise PlanError(f"a plan's name cannot end in {SUFFIX}, as {path} does; use .json")
+            substitutes.write(substitutes_path(path))
+        write_atomically(path, plan_json(plan).encode())
     except OSError as error:
         raise PlanError(
             f"cannot write plan {path}: {error.strerror}; choose a folder that exists and is "
@@ -310,21 +454,7 @@ def plan_json(plan: Plan) -> str:
     return _STEP.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 
-_STEP = re.compile(r'\{\s+"layer": [^}]+\}')
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` with `text`; a reader sees the old content or the new, never a part."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+_STEP = re.compile(r'\{\s+"layer": (?:[^{}]|\{[^{}]*\})+\}')
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -335,50 +465,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {problem['msg']}" if place else problem["msg"]
 
 
-# Computing.
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """What decides a base model's ranking: the data, the strategy, and what must be kept.
-
-    Raises:
-        PlanError: the strategy is not known.
-    """
-
-    calibration: str = SELF
-    samples: int = DEFAULT_SAMPLES
-    length: int = DEFAULT_LENGTH
-    seed: int = DEFAULT_SEED
-    strategy: str = DEFAULT_STRATEGY
-    protected: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise PlanError(
-                f"strategy {self.strategy!r} is not one of {', '.join(sorted(STRATEGIES))}"
-            )
-
-
-def compute_plan(base: BaseModel, request: PlanRequest, progress: Progress = silent) -> Plan:
-    """Measure the base model and return its plan, which drops nothing until `with_drop`.
-
-    Raises:
-        PlanError: a protected layer does not exist.
-        CalibrationError: the calibration data is not usable.
-        ImportanceError: a score is not finite.
-    """
-    protected = _protected(base, request)
-    calibration = calibrate(
-        request.calibration,
-        base,
-        samples=request.samples,
-        length=request.length,
-        seed=request.seed,
-        progress=progress,
-    )
-    ranking = STRATEGIES[request.strategy](base, calibration, frozenset(protected), progress)
-    return new_plan(base, request.strategy, ranking, protected, _record(calibration))
+# Making one.
 
 
 def new_plan(
@@ -387,6 +474,10 @@ def new_plan(
     ranking: Ranking,
     protected: tuple[int, ...],
     calibration: Calibration | None,
+    *,
+    candidates: int | None = None,
+    substitutes: SubstitutesRecord | None = None,
+    held_out: Baseline | None = None,
 ) -> Plan:
     """Return a plan for `base`, made now, that drops nothing until `with_drop`."""
     return Plan(
@@ -397,159 +488,36 @@ def new_plan(
         ),
         target=TARGET,
         strategy=strategy,
+        candidates=candidates,
+        substitutes=substitutes,
         calibration=calibration,
+        held_out=held_out,
         protected=protected,
         ranking=ranking,
         drop=0,
-        dtype=_dtype(base),
+        budget=None,
+        dtype=dtype_name(base),
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        versions=Versions(version("attndrop"), version("torch"), version("transformers")),
+        versions=versions(),
     )
 
 
-def _protected(base: BaseModel, request: PlanRequest) -> tuple[int, ...]:
-    last = len(base.sublayers) - 1
-    if outside := sorted(layer for layer in request.protected if not 0 <= layer <= last):
-        raise PlanError(f"protected layers {outside} do not exist: {base.name} has layers 0-{last}")
-    return tuple(sorted(request.protected | {ALWAYS_KEPT}))
+def versions() -> Versions:
+    """Return the software that runs here."""
+    return Versions(version("attndrop"), version("torch"), version("transformers"))
 
 
-def _record(calibration: CalibrationSet) -> Calibration:
-    return Calibration(
-        calibration.source,
-        calibration.samples,
-        calibration.length,
-        calibration.seed,
-        calibration.fingerprint,
-    )
-
-
-def _dtype(base: BaseModel) -> str:
+def dtype_name(base: BaseModel) -> str:
+    """Return what the base model computes in, as plans name it."""
     return str(base.model.dtype).removeprefix("torch.")
 
 
-# The cache.
-
-
-class PlanCache:
-    """A folder of plans, so that the same question about the same model is measured once.
-
-    An entry's name is a hash over what decides the ranking: the model's fingerprint and dtype, the
-    calibration data (for a file: its content), the strategy and the protected layers.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def load_or_compute(
-        self, base: BaseModel, request: PlanRequest, progress: Progress = silent
-    ) -> tuple[Plan, Literal["cached", "computed"]]:
-        """Return the plan and where it came from. It drops nothing until `with_drop`.
-
-        An entry that is damaged, or is not the plan its name promises, is measured again with a
-        warning in the log.
-
-        Raises:
-            PlanError: the cache cannot be read or written.
-            CalibrationError, ImportanceError: as in `compute_plan`.
-        """
-        path = self._path(base, request)
-        if self._exists(path):
-            try:
-                plan = read_plan(path)
-                _check_answers(plan, base, request)
-                return plan, "cached"
-            except PlanError as error:
-                if isinstance(error.__cause__, OSError):
-                    raise
-                logger.warning("measuring again, since the cached one does not serve: %s", error)
-        return self.compute(base, request, progress), "computed"
-
-    def compute(self, base: BaseModel, request: PlanRequest, progress: Progress = silent) -> Plan:
-        """Return a newly measured plan and keep it in place of the cached one, if there is one."""
-        path = self._path(base, request)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PlanError(
-                f"cannot create the plan cache {self.folder}: {error.strerror}; set "
-                "ATTNDROP_CACHE_DIR to a writable folder"
-            ) from error
-        plan = compute_plan(base, request, progress)
-        write_plan(path, plan)
-        return plan
-
-    def latest(self, model: str) -> Plan:
-        """Return the newest plan kept for the model of that name.
-
-        Raises:
-            PlanError: there is none.
-        """
-        plans = [plan for plan in self._readable() if plan.model.name == model]
-        if not plans:
-            raise PlanError(
-                f"{model!r} is neither a plan file nor a model with a plan in {self.folder}; "
-                f"compute one with `attndrop plan --model {model}`"
-            )
-        return max(plans, key=lambda plan: plan.created)
-
-    def _readable(self) -> Iterator[Plan]:
-        for path in sorted(self.folder.glob("*.json")):
-            try:
-                yield read_plan(path)
-            except PlanError as error:
-                logger.warning("skipped: %s", error)
-
-    def _path(self, base: BaseModel, request: PlanRequest) -> Path:
-        return self.folder / f"{_digest(_question(base, request))[:16]}.json"
-
-    def _exists(self, path: Path) -> bool:
-        try:
-            return path.exists()
-        except OSError as error:
-            raise PlanError(
-                f"cannot read the plan cache {self.folder}: {error.strerror}; set "
-                "ATTNDROP_CACHE_DIR to a folder of your own"
-            ) from error
-
-
-def _question(base: BaseModel, request: PlanRequest) -> dict[str, Any]:
-    """Return what decides the ranking, in the words of a plan."""
-    return {
-        "model": base.fingerprint,
-        "dtype": _dtype(base),
-        "source": calibration_source(request.calibration),
-        "samples": request.samples,
-        "length": request.length,
-        "seed": request.seed if request.calibration == SELF else None,
-        "strategy": request.strategy,
-        "protected": _protected(base, request),
-    }
-
-
-def _check_answers(plan: Plan, base: BaseModel, request: PlanRequest) -> None:
-    """Raise PlanError unless `plan` is what computing `request` would give."""
-    plan.check_fits(base)
-    record = plan.calibration
-    answered = {
-        "model": plan.model.fingerprint,
-        "dtype": plan.dtype,
-        "source": record and record.source,
-        "samples": record and record.samples,
-        "length": record and record.length,
-        "seed": record and record.seed,
-        "strategy": plan.strategy,
-        "protected": plan.protected,
-    }
-    asked = _question(base, request)
-    if wrong := [name for name in asked if answered[name] != asked[name]]:
-        raise PlanError(f"plan {plan.id} was made with another {', '.join(wrong)}")
-
-
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
+    """Return the hash of what JSON can hold."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _short(fingerprint: str) -> str:
+def short(fingerprint: str) -> str:
+    """Return as much of a fingerprint as a sentence needs."""
     return fingerprint[: len("sha256:") + 12]

@@ -1,21 +1,40 @@
-"""Scores -> ranking: the order in which layers would be dropped. One function per strategy.
+"""Calibration tokens -> ranking: the order in which layers would be dropped.
 
-A strategy sees the base model and the calibration set, so that one which measures again after
-every drop fits in beside the paper's one-shot rule. Knows nothing of plans or files.
+One function for each strategy.
+
+`cosine` is the paper's one-shot rule. `greedy` measures again after every drop: it takes the layer
+whose removal, given what is dropped already, raises KL(full || pruned) least. Knows nothing of
+plans or files; a `Journal` keeps what a long search has found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pruning.calibration import CalibrationSet, Progress
+from torch import Tensor
+
+from pruning.calibration import Progress
+from pruning.divergence import Baseline, Quality
 from pruning.importance import measure_importance
 from pruning.loading import BaseModel
+from pruning.residuals import Residuals
+from pruning.substitutes import LinearSubstitute, SubstituteKind, Substitutes, fit_linear
+from pruning.trial import Replaced, Trial
+
+logger = logging.getLogger(__name__)
 
 ALWAYS_KEPT = 0
 """Layer 0 keeps its attention in every variant."""
+
+TRIED_TOKENS = 1536
+"""Candidates are tried on so many of the tokens to choose by, since that is what takes long. All of
+them fit substitutes, which is cheap and needs many."""
+
+DEFAULT_CANDIDATES = 6
+"""Layers that a greedy step tries: those of the lowest importance among the ones left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +44,65 @@ class DropStep:
     layer: int
     cost: float | None
     """The strategy's own measure, lower is better; None where nothing was measured."""
+    quality: Quality | None = None
+    """On held-out tokens, with this layer and all before it dropped; None where not measured."""
 
 
 Ranking = tuple[DropStep, ...]
 """The layers in the order in which they would be dropped."""
 
 
-class Strategy(Protocol):
-    """Ranks all layers but the protected ones and layer 0."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """What a strategy is given."""
 
-    def __call__(
-        self,
-        base: BaseModel,
-        calibration: CalibrationSet,
-        protected: frozenset[int],
-        progress: Progress,
-    ) -> Ranking: ...
+    base: BaseModel
+    choosing: Tensor
+    """[samples, length] token ids to choose by."""
+    held_out: Tensor
+    """[samples, length] token ids to judge by."""
+    protected: frozenset[int]
+    candidates: int = DEFAULT_CANDIDATES
+    """How many layers a step tries, where the strategy tries layers."""
+    substitutes: SubstituteKind | None = None
+
+    @property
+    def tried(self) -> Tensor:
+        """Those of `choosing` that candidates are tried on."""
+        return self.choosing[: max(1, TRIED_TOKENS // self.choosing.shape[1])]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What a strategy found: all droppable layers in order."""
+
+    ranking: Ranking
+    substitutes: Substitutes | None = None
+    held_out: Baseline | None = None
+    """The full model on the held-out tokens; None where the strategy did not look at them."""
+
+
+class Journal(Protocol):
+    """Keeps the steps of a search that is not finished."""
+
+    def load(self) -> Ranking:
+        """Return the steps found before, none if there are none."""
+        ...
+
+    def save(self, steps: Ranking) -> None: ...
+
+
+class NoJournal:
+    """Keeps nothing."""
+
+    def load(self) -> Ranking:
+        return ()
+
+    def save(self, steps: Ranking) -> None:
+        pass
+
+
+Strategy = Callable[[Task, Journal, Progress], Selection]
 
 
 def rank_by_importance(importance: Sequence[float], protected: frozenset[int]) -> Ranking:
@@ -50,13 +112,82 @@ def rank_by_importance(importance: Sequence[float], protected: frozenset[int]) -
     return tuple(DropStep(layer, importance[layer]) for layer in order)
 
 
-def cosine(
-    base: BaseModel, calibration: CalibrationSet, protected: frozenset[int], progress: Progress
-) -> Ranking:
+def cosine(task: Task, journal: Journal, progress: Progress) -> Selection:
     """The paper's one-shot rule: measure every layer once, drop the least important first."""
-    return rank_by_importance(measure_importance(base, calibration, progress=progress), protected)
+    importance = measure_importance(task.base, task.choosing, progress=progress)
+    return Selection(rank_by_importance(importance, task.protected))
+
+
+def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
+    """Drop the layer that raises the divergence least, again and again.
+
+    A step's cost is KL(full || pruned) on the tokens that candidates are tried on. With
+    substitutes, each candidate is tried with its own, fitted given what is dropped already.
+    """
+    importance = measure_importance(task.base, task.choosing, progress=progress)
+    order = [step.layer for step in rank_by_importance(importance, task.protected)]
+    search = _Search(task, progress)
+    search.resume(journal.load())
+    while left := [layer for layer in order if layer not in search.dropped]:
+        search.step(left[: task.candidates])
+        journal.save(tuple(search.steps))
+        progress("choosing layers", len(search.steps), len(order))
+    return search.selection()
+
+
+class _Search:
+    """The state of a greedy search."""
+
+    def __init__(self, task: Task, progress: Progress) -> None:
+        self._task = task
+        self._trying = Trial(task.base, task.tried)
+        self._judging = Trial(task.base, task.held_out)
+        self._fitting = None
+        if task.substitutes is not None:
+            self._fitting = Residuals(task.base, task.choosing, progress)
+        self.steps: list[DropStep] = []
+        self.dropped: dict[int, LinearSubstitute | None] = {}
+
+    def resume(self, steps: Ranking) -> None:
+        """Take steps found before; their substitutes are fitted again."""
+        for step in steps:
+            self._take(step.layer, self._fitted(step.layer))
+            self.steps.append(step)
+        if steps:
+            logger.info("going on after %d layers that were chosen before", len(steps))
+
+    def step(self, candidates: Sequence[int]) -> None:
+        """Drop the best of the candidates."""
+        tried = {layer: self._fitted(layer) for layer in candidates}
+        found = self._trying.without_each(tried)
+        best = min(candidates, key=lambda layer: (found[layer].kl, layer))
+        self._take(best, tried[best])
+        self.steps.append(DropStep(best, found[best].kl, self._judging.quality()))
+
+    def selection(self) -> Selection:
+        fitted = {layer: each for layer, each in self.dropped.items() if each is not None}
+        return Selection(
+            tuple(self.steps),
+            Substitutes(fitted) if fitted else None,
+            self._judging.baseline,
+        )
+
+    def _take(self, layer: int, substitute: LinearSubstitute | None) -> None:
+        replaced: Replaced = {layer: substitute}
+        self._trying.drop(replaced)
+        self._judging.drop(replaced)
+        if self._fitting is not None:
+            self._fitting.drop(replaced)
+        self.dropped[layer] = substitute
+
+    def _fitted(self, layer: int) -> LinearSubstitute | None:
+        kind = self._task.substitutes
+        if kind is None or self._fitting is None:
+            return None
+        return fit_linear(self._fitting.sublayer_pairs(layer), kind, self._task.base.model.dtype)
 
 
 DEFAULT_STRATEGY = "cosine"
+GREEDY = "greedy"
 
-STRATEGIES: Mapping[str, Strategy] = {"cosine": cosine}
+STRATEGIES: Mapping[str, Strategy] = {"cosine": cosine, GREEDY: greedy}

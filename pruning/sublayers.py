@@ -72,30 +72,39 @@ class AttentionSublayer(nn.Module):
                 layers.
         """
         if attending == 0:
-            return self._pass(hidden)
+            return self.replaced(hidden, self.substitute)
         if attending == hidden.shape[1]:
             return self._attend(hidden, position_embeddings, attend, layer)
         cos, sin = position_embeddings
         embeddings = (cos[:, :attending], sin[:, :attending])
         prefix = self._attend(hidden[:, :attending], embeddings, attend, layer)
-        return torch.cat([prefix, self._pass(hidden[:, attending:])], dim=1)
+        return torch.cat([prefix, self.replaced(hidden[:, attending:], self.substitute)], dim=1)
 
     def _attend(
         self, hidden: Tensor, embeddings: tuple[Tensor, Tensor], attend: Attend, layer: int
     ) -> Tensor:
+        output = self.attended(self.norm(hidden), embeddings, attend, layer)
+        return _add(hidden, output, self.multiplier)
+
+    def attended(
+        self, normed: Tensor, embeddings: tuple[Tensor, Tensor], attend: Attend, layer: int
+    ) -> Tensor:
+        """Return what attention adds to the residual stream before the multiplier, for its normed
+        input: what a substitute has to come close to. Both are [batch, rows, width]."""
         output, _ = self.attention(
-            hidden_states=self.norm(hidden),
+            hidden_states=normed,
             position_embeddings=embeddings,
             attention_mask=None,
             attend=attend,
             layer=layer,
         )
-        return _add(hidden, self.post_norm(output), self.multiplier)
+        return self.post_norm(output)  # type: ignore[no-any-return]
 
-    def _pass(self, hidden: Tensor) -> Tensor:
-        if self.substitute is None:
+    def replaced(self, hidden: Tensor, substitute: Substitute | None) -> Tensor:
+        """Return the residual stream [batch, rows, width] of rows that do not attend."""
+        if substitute is None:
             return hidden
-        return _add(hidden, self.substitute(self.norm(hidden)), self.multiplier)
+        return _add(hidden, substitute(self.norm(hidden)), self.multiplier)
 
 
 class MlpSublayer(nn.Module):

@@ -1,4 +1,5 @@
-"""The command line: `attndrop serve` and `gateway`; from the pruning library, `plan` and `export`.
+"""The command line: `attndrop serve`, `gateway`; from the pruning library `plan`, `evaluate`,
+`export`.
 
 Options are made from the settings, so that a setting is described once.
 """
@@ -21,13 +22,12 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from pruning.calibration import CalibrationError
-from pruning.cli import plan_app, progress_bars
+from pruning.cli import USER_ERRORS as PLAN_ERRORS
+from pruning.cli import evidence_of, plan_app, progress_bars
+from pruning.evaluation_cli import evaluate_command
 from pruning.export.cli import export_command
-from pruning.importance import ImportanceError
-from pruning.loading import ModelError
-from pruning.plan import PlanError
 from pruning.quantised import QuantisationError
+from pruning.selection import DEFAULT_STRATEGY
 from pruning.variants import VariantError
 from server import __version__
 from server.config import Settings
@@ -39,10 +39,7 @@ from server.lifecycle import AddressError, Server, bind
 from server.startup import SettingsError, Started, start
 
 USER_ERRORS = (
-    ModelError,
-    PlanError,
-    CalibrationError,
-    ImportanceError,
+    *PLAN_ERRORS,
     VariantError,
     EngineConfigError,
     QuantisationError,
@@ -61,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(plan_app, name="plan")
 app.command("export")(export_command)
+app.command("evaluate")(evaluate_command)
 
 
 @app.callback()
@@ -212,6 +210,14 @@ def _greet(url: str, started: Started) -> None:
     console.print(f"\nattndrop {__version__} serves {service.model_name} at {url}")
     console.print(f"plan {plan.id} ({plan.strategy}, {started.plan_origin})\n")
     console.print(table)
+    console.print(f"\npruned, {evidence_of(plan) or 'its quality was not measured'}")
+    if plan.strategy == DEFAULT_STRATEGY:
+        console.print(
+            "for more quality at the same speed, give minutes instead of seconds once:\n"
+            f"  attndrop plan --model {started.model} --strategy greedy --substitutes linear "
+            "--output plan.json\n"
+            "  and serve with --plan plan.json"
+        )
     console.print(
         f"\ncurl {url}/v1/completions -H 'Content-Type: application/json' "
         f"-H 'X-Model-Variant: pruned' "

@@ -77,14 +77,29 @@ class Settings(BaseSettings):
         None, description="A plan file; by default taken from the cache or computed."
     )
     drop: str | None = Field(
-        None, description="What `pruned` drops: a number of layers, or 25% (the default)."
+        None,
+        description="What `pruned` drops: a number of layers, a share (25%), or auto, as many as a "
+        "budget allows; by default the plan file's own, else auto.",
+    )
+    max_kl: float | None = Field(
+        None,
+        description="Budget: KL from the full model, nats a token; 0.2 where no option says what "
+        "to drop.",
+    )
+    min_agreement: float | None = Field(
+        None, description="Budget: how often the most likely token is the full model's, 0 to 1."
+    )
+    max_perplexity_ratio: float | None = Field(
+        None, description="Budget: perplexity over the full model's."
     )
     variant: Texts = Field(
         (), description="NAME=DROP: one more variant of the same plan, such as light=4. Repeatable."
     )
     default_variant: str = Field(PRUNED, description="The variant of requests that name none.")
-    calibration: str = Field(
-        "self", description="Calibration text: self (the model writes it), a file, or hf:NAME."
+    calibration: Texts = Field(
+        (),
+        description="Calibration text: self (the model writes it; the default), a file, or "
+        "hf:NAME. Repeatable: equal shares of each.",
     )
     protect: str = Field("", description="Layers never dropped, such as 1,2,29. Layer 0 never is.")
 

@@ -12,7 +12,7 @@ bytes, tokens) and no colons, which are reserved for recording rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import (
@@ -25,6 +25,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from server.engine.stats import EngineStats, Timeline, VariantInfo, VariantStats
+from server.evidence import Evidence
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 REFUSAL_REASONS = ("queue_full", "draining", "invalid", "unauthorized")
@@ -213,21 +214,24 @@ class RequestMetrics:
 class Metrics(RequestMetrics):
     """The metrics of a server with an engine.
 
-    `stats` is called once per scrape and must be cheap and safe at any time, also when the engine
-    is dead. Raises ValueError if `variants` is empty or names one twice.
+    `plan` holds labels that say which plan it is, `plan_id` among them. `stats` is called once per
+    scrape and must be cheap and safe at any time, also when the engine is dead. Raises ValueError
+    if `variants` is empty or names one twice.
     """
 
     def __init__(
         self,
         model_name: str,
         variants: Sequence[VariantInfo],
-        plan_id: str,
+        evidence: Mapping[str, Evidence],
+        plan: Mapping[str, str],
         version: str,
         stats: Callable[[], EngineStats],
     ) -> None:
         collectors = (
             _EngineCollector(model_name, variants, stats),
-            PlanCollector(model_name, plan_id, version),
+            _EvidenceCollector(model_name, evidence),
+            PlanCollector(model_name, plan, version),
         )
         super().__init__(model_name, [variant.name for variant in variants], collectors)
 
@@ -380,16 +384,54 @@ class _EngineCollector(Collector):
             )
 
 
+class _EvidenceCollector(Collector):
+    """What the plan says each variant is worth; nothing where it was not measured."""
+
+    def __init__(self, model_name: str, evidence: Mapping[str, Evidence]) -> None:
+        self._model_name = model_name
+        self._evidence = evidence
+
+    def collect(self) -> Iterator[Metric]:
+        measured = {v: e.quality for v, e in self._evidence.items() if e.quality is not None}
+        yield self._gauge(
+            "quality_kl_nats",
+            "KL(full || variant), mean over held-out calibration tokens.",
+            {variant: quality.kl for variant, quality in measured.items()},
+        )
+        yield self._gauge(
+            "quality_agreement_ratio",
+            "Share of held-out calibration tokens where the most likely one is the full model's.",
+            {variant: quality.agreement for variant, quality in measured.items()},
+        )
+        yield self._gauge(
+            "quality_perplexity_ratio",
+            "Perplexity on held-out calibration tokens over the full model's.",
+            {variant: quality.perplexity_ratio for variant, quality in measured.items()},
+        )
+        yield self._gauge(
+            "substitute_bytes",
+            "Bytes of what stands in the places of the variant's dropped attention sublayers.",
+            {variant: each.substitute_bytes for variant, each in self._evidence.items()},
+        )
+
+    def _gauge(self, name: str, help_text: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+        labels = ("model_name", "variant")
+        family = GaugeMetricFamily(f"attndrop_variant_{name}", help_text, labels=labels)
+        for variant, value in values.items():
+            family.add_metric((self._model_name, variant), value)
+        return family
+
+
 class PlanCollector(Collector):
     """Which plan of which model is served, as labels of a constant 1."""
 
-    def __init__(self, model_name: str, plan_id: str, version: str) -> None:
-        self._labels = {"model_name": model_name, "plan_id": plan_id, "version": version}
+    def __init__(self, model_name: str, plan: Mapping[str, str], version: str) -> None:
+        self._labels = {"model_name": model_name, **plan, "version": version}
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
             "attndrop_plan",
-            "The plan that is served: its id, its model, and the version of attndrop.",
+            "The plan that is served: its model, id and making, and the version of attndrop.",
             value=self._labels,
         )
 

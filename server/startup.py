@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastapi import FastAPI
 
-from pruning.calibration import Progress
+from pruning.budget import DEFAULT_BUDGET, Budget, chosen
+from pruning.calibration import SELF, Progress
 from pruning.loading import BaseModel, cache_folder, load_base_model
-from pruning.plan import DEFAULT_DROP, Plan, PlanCache, PlanRequest, parse_layers, read_plan
+from pruning.plan import Plan, parse_layers, read_with_substitutes
+from pruning.plan_cache import PlanCache, PlanRequest, Wanted
 from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.substitutes import Substitutes
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
 from server.api import chat, completions, models, operations, tokenizer
@@ -26,6 +29,7 @@ from server.config import PRUNED, Settings
 from server.engine.assembly import build_engine
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
+from server.evidence import Evidence, evidence_of_variants
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,9 @@ class Started:
     engine: Engine
     plan: Plan
     plan_origin: str
+    """The file it was read from, `cached` or `computed`."""
+    model: str
+    """What --model said."""
 
 
 def start(
@@ -52,8 +59,9 @@ def start(
     """Load the model, find its plan and build what serves it.
 
     Raises:
-        ModelError, PlanError, CalibrationError, VariantError, QuantisationError,
-            EngineConfigError, SettingsError: with one sentence for the user.
+        ModelError, PlanError, BudgetError, SubstituteError, CalibrationError, ImportanceError,
+            DivergenceError, VariantError, QuantisationError, EngineConfigError, SettingsError:
+            with one sentence for the user.
     """
     base = load_base_model(
         settings.model,
@@ -63,11 +71,14 @@ def start(
     )
     if settings.served_model_name:
         base = replace(base, name=settings.served_model_name)
-    plan, origin = find_plan(settings, base, progress)
+    plan, substitutes, origin = find_plan(settings, base, progress)
     variants = make_variants(settings, plan)
     _quantise(settings, base)
+    if substitutes is not None:
+        _attach(substitutes, base, variants)
     engine = build_engine(base, variants, settings.engine(base.device), on_death)
-    service = make_service(settings, base, plan, engine)
+    evidence = evidence_of_variants(plan, variants, substitutes)
+    service = make_service(settings, base, plan, engine, evidence)
     app = create_app(
         service,
         [part.router for part in (completions, chat, models, tokenizer, operations)],
@@ -75,7 +86,7 @@ def start(
         cors_origins=settings.cors_origin,
         max_body_size=settings.max_body_size,
     )
-    return Started(app, service, engine, plan, origin)
+    return Started(app, service, engine, plan, origin, settings.model)
 
 
 def _quantise(settings: Settings, base: BaseModel) -> None:
@@ -88,18 +99,51 @@ def _quantise(settings: Settings, base: BaseModel) -> None:
         logger.info("weights: int4 in groups of 32; activations and KV cache: bfloat16")
 
 
-def find_plan(settings: Settings, base: BaseModel, progress: Progress) -> tuple[Plan, str]:
-    """Return the plan and where it came from: the file, the cache, or computed now."""
-    if settings.plan is not None:
-        plan = read_plan(Path(settings.plan))
-        plan.check_fits(base)
-        return plan.dropping(settings.drop or str(plan.drop)), settings.plan
-    request = PlanRequest(
-        calibration=settings.calibration, protected=parse_layers(settings.protect)
+def _attach(substitutes: Substitutes, base: BaseModel, variants: Variants) -> None:
+    """Put the substitutes of all dropped layers into their places."""
+    dropped = {layer for variant in variants for layer in variant.dropped(variants.layers)}
+    substitutes.attach(base, dropped)
+    logger.info("%s", substitutes.described(dropped))
+
+
+def find_plan(
+    settings: Settings, base: BaseModel, progress: Progress
+) -> tuple[Plan, Substitutes | None, str]:
+    """Return the plan, its substitutes, and where it came from: the file, the cache, or computed
+    now."""
+    choice = chosen(
+        settings.drop, settings.max_kl, settings.min_agreement, settings.max_perplexity_ratio
     )
+    if settings.plan is not None:
+        plan, substitutes = read_with_substitutes(Path(settings.plan))
+        plan.check_fits(base)
+        return plan if choice is None else _chosen(plan, choice), substitutes, settings.plan
+    request = PlanRequest(
+        calibration=settings.calibration or (SELF,), protected=parse_layers(settings.protect)
+    )
+    choice = choice or DEFAULT_BUDGET
     cache = PlanCache(cache_folder() / "plans")
-    plan, origin = cache.load_or_compute(base, request, progress)
-    return plan.dropping(settings.drop or DEFAULT_DROP), origin
+    plan, origin = cache.load_or_compute(base, request, progress, _wanted(settings, choice))
+    return _chosen(plan, choice), cache.substitutes(plan), origin
+
+
+def _chosen(plan: Plan, choice: str | Budget) -> Plan:
+    """Return the plan with what was chosen dropped; say so if a budget allows nothing."""
+    chosen_plan = plan.choosing(choice)
+    if chosen_plan.budget is not None and chosen_plan.drop == 0:
+        logger.warning(
+            "the budget (%s) allows no layer to be dropped, so %s is the full model; widen it, or "
+            "make a better plan with `attndrop plan --strategy greedy --substitutes linear`",
+            chosen_plan.budget,
+            PRUNED,
+        )
+    return chosen_plan
+
+
+def _wanted(settings: Settings, choice: str | Budget) -> Wanted:
+    """Return the depths of all variants, so that what each costs is known."""
+    drops = tuple(definition.partition("=")[2] for definition in settings.variant)
+    return Wanted.by(choice).along(drops)
 
 
 def make_variants(settings: Settings, plan: Plan) -> Variants:
@@ -121,27 +165,38 @@ def make_variants(settings: Settings, plan: Plan) -> Variants:
     return variants
 
 
-def make_service(settings: Settings, base: BaseModel, plan: Plan, engine: Engine) -> Service:
+def make_service(
+    settings: Settings,
+    base: BaseModel,
+    plan: Plan,
+    engine: Engine,
+    evidence: Mapping[str, Evidence],
+) -> Service:
     """Return what the endpoints share."""
     return Service(
         engine=engine,
-        metrics=Metrics(base.name, engine.describe(), plan.id, __version__, engine.stats),
+        metrics=Metrics(
+            base.name, engine.describe(), evidence, _plan_labels(plan), __version__, engine.stats
+        ),
         tokenizer=base.tokenizer,
         vocabulary=Vocabulary(base.tokenizer),
         vocabulary_size=int(base.model.config.get_text_config().vocab_size),
-        end_tokens=end_tokens(base),
+        end_tokens=base.end_tokens,
         model_name=base.name,
         model_fingerprint=base.fingerprint,
         plan_id=plan.id,
+        evidence=evidence,
         version=__version__,
         default_variant=settings.default_variant.lower(),
         created=int(time.time()),
     )
 
 
-def end_tokens(base: BaseModel) -> frozenset[int]:
-    """Return the tokens with which the model ends its text, by its generation config and
-    tokenizer."""
-    configured = base.model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*ends, base.tokenizer.eos_token_id] if token is not None)
+def _plan_labels(plan: Plan) -> dict[str, str]:
+    """Return what the metrics say of the plan."""
+    return {
+        "plan_id": plan.id,
+        "strategy": plan.strategy,
+        "substitutes": "none" if plan.substitutes is None else plan.substitutes.kind,
+        "budget": "none" if plan.budget is None else str(plan.budget),
+    }

@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from server.engine.stats import EngineStats, Timeline, VariantInfo, VariantStats
+from server.evidence import Evidence, MeasuredQuality
 from server.metrics import FINISH_REASONS, REFUSAL_REASONS, Metrics
 
 FULL = VariantInfo("full", 30, (), kv_bytes_per_token=23_040, capacity_tokens=4_000)
@@ -56,11 +57,17 @@ BUSY = EngineStats(
 )
 WHOLE = Timeline(arrived=10.0, first_scheduled=10.5, first_token=12.0, finished=15.0)
 
+EVIDENCE = {
+    "full": Evidence(None, 0, 0),
+    "pruned": Evidence(MeasuredQuality(0.25, 0.8, 12.0, 1.2, tokens=1_016), 1_024, 4_096),
+}
+PLAN = {"plan_id": "abc123", "strategy": "greedy", "substitutes": "linear", "budget": "none"}
+
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def build(stats: Callable[[], EngineStats] = lambda: IDLE) -> Metrics:
-    return Metrics("smol", (FULL, PRUNED), plan_id="abc123", version="0.1.0", stats=stats)
+    return Metrics("smol", (FULL, PRUNED), EVIDENCE, PLAN, version="0.1.0", stats=stats)
 
 
 def samples(metrics: Metrics) -> Samples:
@@ -196,7 +203,17 @@ def test_what_a_variant_is() -> None:
     assert seen[key("variant_dropped_layers", variant="full")] == 0
     assert seen[key("variant_kv_bytes_per_token", variant="pruned")] == 11_520
     assert seen[key("variant_capacity_tokens", variant="full")] == 4_000
-    assert seen[key("plan_info", plan_id="abc123", version="0.1.0")] == 1
+    assert seen[key("plan_info", **PLAN, version="0.1.0")] == 1
+
+
+def test_what_a_variant_is_worth_where_that_was_measured() -> None:
+    seen = samples(build())
+    assert seen[key("variant_quality_kl_nats", variant="pruned")] == 0.25
+    assert seen[key("variant_quality_agreement_ratio", variant="pruned")] == 0.8
+    assert seen[key("variant_quality_perplexity_ratio", variant="pruned")] == 1.2
+    assert seen[key("variant_substitute_bytes", variant="pruned")] == 4_096
+    assert key("variant_quality_kl_nats", variant="full") not in seen
+    assert seen[key("variant_substitute_bytes", variant="full")] == 0
 
 
 def test_a_dead_engine_and_an_empty_pool_still_render() -> None:
@@ -220,7 +237,7 @@ def test_labels_are_bounded() -> None:
 @pytest.mark.parametrize("variants", [(), (FULL, FULL)])
 def test_variants_must_be_there_and_distinct(variants: tuple[VariantInfo, ...]) -> None:
     with pytest.raises(ValueError, match="at least one variant and distinct names"):
-        Metrics("smol", variants, plan_id="p", version="0", stats=lambda: IDLE)
+        Metrics("smol", variants, EVIDENCE, PLAN, version="0", stats=lambda: IDLE)
 
 
 def test_stats_about_other_variants_are_an_error() -> None:

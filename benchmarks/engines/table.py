@@ -25,7 +25,8 @@ from pruning.cli import plan_cache
 from pruning.export.exporting import export
 from pruning.export.pruned import Options
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.plan import Plan, PlanRequest, new_plan, write_plan
+from pruning.plan import Plan, new_plan, write_plan
+from pruning.plan_cache import PlanRequest
 from pruning.selection import DropStep
 from server.engine.detokenize import Vocabulary
 

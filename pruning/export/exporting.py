@@ -47,6 +47,11 @@ def export(
     """
     if format_name not in FORMATS:
         raise ExportError(f"format {format_name!r} is not one of {', '.join(FORMATS)}")
+    if plan.substitutes is not None:
+        raise ExportError(
+            f"plan {plan.id} puts substitutes in the places of dropped sublayers, which no format "
+            "can carry; export a plan that was made without --substitutes"
+        )
     if out.exists():
         raise ExportError(f"{out} exists; remove it or choose another name")
     checkpoint = read_checkpoint(checkpoint_folder(model), trust_remote_code=trust_remote_code)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from server.api.errors import ApiError, bad_request, unavailable
 from server.api.front import Front
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
+from server.evidence import Evidence
 
 _INLINE_CHARACTERS = 4096
 """Texts that are longer together are tokenised off the event loop."""
@@ -30,6 +31,8 @@ class Service(Front):
     end_tokens: frozenset[int]
     """Tokens with which the model ends its text."""
     model_fingerprint: str
+    evidence: Mapping[str, Evidence]
+    """Of each variant, by name."""
 
     @property
     def variant_names(self) -> Sequence[str]:
@@ -48,12 +51,18 @@ class Service(Front):
 
     def facts(self, variant: str) -> dict[str, Any]:
         info = next(info for info in self.engine.describe() if info.name == variant)
+        evidence = self.evidence[variant]
         return {
             "max_model_len": self.engine.limit(variant),
             "variant": {
                 "attention_layers": info.attention_layers,
                 "dropped_layers": list(info.dropped_layers),
                 "kv_bytes_per_token": info.kv_bytes_per_token,
+                "quality": None if evidence.quality is None else asdict(evidence.quality),
+                "substitutes": {
+                    "parameters": evidence.substitute_parameters,
+                    "bytes": evidence.substitute_bytes,
+                },
             },
         }
 

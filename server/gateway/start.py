@@ -138,7 +138,8 @@ def _front(
     first = _identity(next(iter(pools.values())).upstreams)
     name = settings.model_name or first.model
     collectors = [UpstreamCollector(name, list(pools.values()))]
-    plan = [PlanCollector(name, first.plan_id, __version__)] if first.plan_id else []
+    labels = {"plan_id": first.plan_id or ""}
+    plan = [PlanCollector(name, labels, __version__)] if first.plan_id else []
     weights = settings.weights()
     default = (settings.default_variant or _default(pools, first)).lower()
     for given in (default, *weights):

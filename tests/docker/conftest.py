@@ -62,4 +62,4 @@ def idle_metrics() -> Metrics:
     """The metrics of a server that has just started."""
     idle = tuple(VariantStats(v.name, 0, 0, 0, 0, 0, 0, 0) for v in VARIANTS)
     stats = EngineStats(True, 1, idle, steps=0, device_busy_seconds=0, device_idle_seconds=0)
-    return Metrics("smol", VARIANTS, plan_id="0f1e2d", version="0.0", stats=lambda: stats)
+    return Metrics("smol", VARIANTS, {}, {"plan_id": "0f1e2d"}, version="0.0", stats=lambda: stats)

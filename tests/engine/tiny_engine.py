@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pruning.families import kv_shape
 from pruning.loading import BaseModel
 from pruning.sublayers import wrap
+from pruning.substitutes import Substitutes
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.engine import Engine
@@ -106,12 +107,15 @@ def tiny_engine(
     pages: int = 64,
     limits: Limits | None = None,
     overlaps: bool = False,
+    substitutes: Substitutes | None = None,
 ) -> Engine:
     """Return a started float64 engine with exactly `pages` pages.
 
     With `overlaps`, each step is launched before the one ahead of it is committed, as on a GPU.
     """
     base = wrapped(tiny_model(family, layers=variants.layers).double())
+    if substitutes is not None:
+        substitutes.attach(base, substitutes.by_layer)
     largest = max(len(group.layers) for group in variants.groups)
     page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(8)
     config = EngineConfig(limits or Limits(), kv_cache_bytes=pages * page_bytes)
@@ -122,7 +126,12 @@ def tiny_engine(
 
 
 def fast_engine(
-    variants: Variants, *, family: str = "llama", pages: int = 64, limits: Limits | None = None
+    variants: Variants,
+    *,
+    family: str = "llama",
+    pages: int = 64,
+    limits: Limits | None = None,
+    substitutes: Substitutes | None = None,
 ) -> Engine:
     """Return a started float32 engine on the paged backend, with recorded decode steps.
 
@@ -130,6 +139,8 @@ def fast_engine(
     """
     model = tiny_model(family, layers=variants.layers)
     base = wrapped(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+    if substitutes is not None:
+        substitutes.attach(base, substitutes.by_layer)
     largest = max(len(group.layers) for group in variants.groups)
     page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(4)
     config = EngineConfig(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner, Result
 
-from pruning.plan import PlanCache, PlanRequest, write_plan
+from pruning.plan import write_plan
+from pruning.plan_cache import PlanCache, PlanRequest
 from server.cli import app
 from tests.export.tiny_checkpoints import load, plan_for, save_checkpoint
 

@@ -17,6 +17,7 @@ from pruning.calibration import (
     CalibrationSet,
     calibrate,
     calibration_source,
+    mixture,
 )
 from tests.pruning.tiny_models import BOS, EOS, ids, tiny_base
 
@@ -102,8 +103,8 @@ class TestTextFiles:
         path.write_text("abcdefgh")
         before = calibrate(str(path), tiny_base(), samples=2, length=2)
         path.write_text("abcdefgX")
-        assert before.source.startswith("text.txt sha256:")
-        assert before.source != calibration_source(str(path))
+        assert before.sources[0].startswith("text.txt sha256:")
+        assert before.sources[0] != calibration_source(str(path))
         assert before.seed is None
 
     @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ class TestDataSets:
         body = calibrate(f"hf:{folder}::train:body", base, samples=2, length=5)
         assert text.token_ids.tolist() == [[*ids("abcd"), EOS]] * 2
         assert body.token_ids.tolist() == [[*ids("efgh"), EOS]] * 2
-        assert (body.source, body.seed) == (f"hf:{folder}::train:body", None)
+        assert (body.sources[0], body.seed) == (f"hf:{folder}::train:body", None)
 
     @pytest.mark.parametrize(
         ("suffix", "message"),
@@ -224,13 +225,13 @@ def test_shape_is_checked(wrong, message):
 def test_fingerprint_covers_tokens_and_shape():
     table = torch.arange(12)
     prints = {
-        CalibrationSet(table.reshape(3, 4), "x", None).fingerprint,
-        CalibrationSet(table.reshape(4, 3), "x", None).fingerprint,
-        CalibrationSet(table.reshape(3, 4) + 1, "x", None).fingerprint,
+        CalibrationSet(table.reshape(3, 4), ("x",), None).fingerprint,
+        CalibrationSet(table.reshape(4, 3), ("x",), None).fingerprint,
+        CalibrationSet(table.reshape(3, 4) + 1, ("x",), None).fingerprint,
     }
     assert len(prints) == 3
-    one = CalibrationSet(table.reshape(3, 4), "x", None)
-    assert replace(one, source="y").fingerprint == one.fingerprint
+    one = CalibrationSet(table.reshape(3, 4), ("x",), None)
+    assert replace(one, sources=("y",)).fingerprint == one.fingerprint
 
 
 @pytest.mark.skipif("ATTNDROP_SHARED_DATA" not in os.environ, reason="ATTNDROP_SHARED_DATA not set")
@@ -239,3 +240,49 @@ def test_real_text_with_the_embedded_model(base):
     data = calibrate(str(path), base, samples=16, length=64)
     assert base.tokenizer.decode(data.token_ids[0]).startswith("Restore from larger disk")
     assert data.token_ids.shape == (16, 64)
+
+
+class TestMixtures:
+    @pytest.fixture
+    def two(self, tmp_path) -> tuple[str, str]:
+        text = tmp_path / "text.txt"
+        text.write_text("abcdefghijklmnopqrs" * 4)
+        chat = write(
+            tmp_path / "chat.jsonl", {"messages": [{"role": "user", "content": "hi " * 30}]}
+        )
+        return str(text), chat
+
+    def test_samples_take_turns_and_chat_is_rendered(self, two):
+        mixed = mixture(two, tiny_base(), samples=5, length=6)
+        text = calibrate(two[0], tiny_base(), samples=3, length=6)
+        chat = calibrate(two[1], tiny_base(), samples=2, length=6)
+        assert torch.equal(mixed.token_ids[::2], text.token_ids)
+        assert torch.equal(mixed.token_ids[1::2], chat.token_ids)
+        assert chat.token_ids[0].tolist() == ids("user: ")
+        assert mixed.sources == (*text.sources, *chat.sources)
+        assert mixed.seed is None
+        assert mixture(["self", two[0]], tiny_base(), samples=2, length=4, seed=3).seed == 3
+
+    def test_one_in_four_samples_of_each_source_is_held_out(self):
+        table = torch.arange(20)[:, None].expand(20, 2)
+        chosen, held_out = CalibrationSet(table, ("a", "b"), None).split()
+        assert held_out[:, 0].tolist() == [6, 7, 14, 15]
+        assert len(chosen) == 16
+        few = CalibrationSet(table[:5], ("a", "b"), None).split()[1]
+        assert few[:, 0].tolist() == [3, 4], "the last one where there are fewer than four"
+
+    @pytest.mark.parametrize(
+        ("specs", "samples", "message"),
+        [
+            ([], 4, "must be different ones"),
+            (["self", "self"], 4, "must be different ones"),
+            (["self", "a", "b"], 2, "too few for 3 sources"),
+        ],
+    )
+    def test_mixtures_that_cannot_be(self, specs, samples, message):
+        with pytest.raises(CalibrationError, match=message):
+            mixture(specs, tiny_base(), samples=samples, length=4)
+
+    def test_a_single_sample_leaves_nothing_to_judge_by(self):
+        with pytest.raises(CalibrationError, match="give at least 4, two for each source"):
+            CalibrationSet(torch.zeros(3, 2), ("a", "b"), None).split()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pruning.llm_drop import DropLists, plan_from_llm_drop, read_drop_lists, write_drop_lists
-from pruning.plan import PlanError, PlanRequest, compute_plan, read_plan, write_plan
+from pruning.plan import PlanError, SubstitutesRecord, read_plan, write_plan
+from pruning.plan_cache import PlanRequest, compute_plan
 from tests.pruning.tiny_models import tiny_base
 
 BASE = tiny_base(layers=6)
@@ -95,7 +97,7 @@ class TestImport:
 class TestExport:
     @pytest.fixture(scope="class")
     def plan(self):
-        return compute_plan(BASE, PlanRequest(samples=2, length=12)).with_drop(2)
+        return compute_plan(BASE, PlanRequest(samples=2, length=12))[0].with_drop(2)
 
     def test_round_trip_keeps_all_other_keys(self, config, plan, tmp_path):
         path = config(num_hidden_layers=6, drop_attn_list=[1], auto_map={"AutoConfig": "é"})
@@ -124,3 +126,10 @@ class TestExport:
         with pytest.raises(PlanError, match=message):
             write_drop_lists(path, plan)
         assert json.loads(path.read_text()) == content
+
+    def test_substitutes_cannot_be_carried(self, plan, tmp_path):
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({"num_hidden_layers": 6}))
+        record = SubstitutesRecord("linear", "sha256:" + 64 * "0")
+        with pytest.raises(PlanError, match="this format cannot carry them"):
+            write_drop_lists(config, replace(plan, substitutes=record))

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruning import plan as plan_module
-from pruning.calibration import CalibrationError
+from pruning.budget import Budget
+from pruning.divergence import Baseline, Quality
 from pruning.plan import (
     MAX_PLAN_BYTES,
     Plan,
-    PlanCache,
     PlanError,
-    PlanRequest,
-    compute_plan,
     parse_drop,
     plan_json,
     read_plan,
     write_plan,
 )
+from pruning.plan_cache import PlanRequest, compute_plan
 from tests.pruning.tiny_models import tiny_base
 
 BASE = tiny_base(layers=6)
@@ -34,7 +30,18 @@ REQUEST = PlanRequest(samples=2, length=12, protected=frozenset({3}))
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return compute_plan(BASE, REQUEST).with_drop(2)
+    plan, substitutes = compute_plan(BASE, REQUEST)
+    assert substitutes is None
+    return plan.with_drop(2)
+
+
+JUDGED = {1: Quality(0.1, 0.9, 11.0), 2: Quality(0.3, 0.8, 12.0), 3: Quality(0.2, 0.7, 15.0)}
+
+
+@pytest.fixture(scope="module")
+def judged(plan) -> Plan:
+    """The plan, with made-up quality of the first three of four depths."""
+    return plan.judged(Baseline(100, 10.0), JUDGED)
 
 
 class TestContent:
@@ -42,7 +49,7 @@ class TestContent:
         assert (plan.model.name, plan.model.family, plan.model.layers) == ("tiny", "llama", 6)
         assert plan.model.fingerprint == BASE.fingerprint
         assert plan.calibration is not None
-        assert (plan.calibration.source, plan.calibration.seed) == ("self", 0)
+        assert (plan.calibration.sources, plan.calibration.seed) == (("self",), 0)
         assert (plan.calibration.samples, plan.calibration.length) == (2, 12)
         assert (plan.strategy, plan.target, plan.dtype) == ("cosine", "attention", "float32")
         assert plan.protected == (0, 3)
@@ -68,10 +75,34 @@ class TestContent:
         later = replace(plan, created="2030-01-01T00:00:00Z", versions=replace(plan.versions))
         assert later.id == plan.with_drop(1).id == plan.id
         assert replace(plan, dtype="bfloat16").id != plan.id
+        assert plan.judged(Baseline(100, 10.0), JUDGED).id == plan.id
         assert replace(plan, ranking=plan.ranking[::-1]).id != plan.id
 
     def test_computing_again_gives_the_same_plan(self, plan):
-        assert compute_plan(tiny_base(layers=6), REQUEST).id == plan.id
+        assert compute_plan(tiny_base(layers=6), REQUEST)[0].id == plan.id
+
+
+class TestQuality:
+    def test_what_each_depth_costs(self, judged):
+        assert judged.quality() == judged.quality(2) == JUDGED[2]
+        assert judged.quality(0) == Quality(0.0, 1.0, 10.0)
+        assert judged.quality(4) is None
+        assert judged.curve == (*JUDGED.values(), None)
+
+    def test_nothing_is_known_before_it_is_measured(self, plan):
+        assert plan.quality(0) is plan.quality() is None
+
+    def test_a_budget_chooses_the_deepest_that_stays_inside(self, judged):
+        budget = Budget(max_kl=0.25, max_perplexity_ratio=1.5)
+        chosen = replace(judged, ranking=judged.ranking[:3]).within(budget)
+        assert (chosen.drop, chosen.budget) == (3, budget)
+        assert chosen.with_drop(1).budget is None
+
+    def test_a_budget_that_the_curve_does_not_settle_is_refused(self, plan, judged):
+        for unsettled in (plan, judged):
+            with pytest.raises(PlanError, match="does not say what enough of its depths cost"):
+                unsettled.within(Budget(max_kl=0.25))
+        assert judged.within(Budget(max_kl=0.05)).drop == 0
 
 
 class TestFits:
@@ -126,13 +157,23 @@ class TestFile:
 
     def test_a_step_is_one_line_for_the_reader(self, plan):
         step = plan.ranking[0]
-        assert f'    {{ "layer": {step.layer}, "cost": {step.cost!r} }},\n' in plan_json(plan)
+        line = f'    {{ "layer": {step.layer}, "cost": {step.cost!r}, "quality": null }},\n'
+        assert line in plan_json(plan)
+
+    def test_quality_and_budget_come_back_too(self, judged, tmp_path):
+        plan = judged.within(Budget(max_kl=0.05))
+        write_plan(tmp_path / "plan.json", plan)
+        assert read_plan(tmp_path / "plan.json") == plan
+        assert (
+            '"quality": { "kl": 0.1, "agreement": 0.9, "perplexity": 11.0 } },\n'
+            in (tmp_path / "plan.json").read_text()
+        )
 
     @pytest.mark.parametrize(
         ("keys", "value", "message"),
         [
-            (["format"], "other", "its format is 'other' version 1"),
-            (["version"], 2, "version 2, but this release reads 'attndrop-plan' version 1"),
+            (["format"], "other", "its format is 'other' version 2"),
+            (["version"], 1, "version 1, but this release reads 'attndrop-plan' version 2; comp"),
             (["target"], "mlp", "only 'attention' can be dropped"),
             (["extra"], 1, "extra: Unexpected keyword argument"),
             (["drop"], "2", "drop: Input should be a valid integer"),
@@ -150,6 +191,22 @@ class TestFile:
             (["ranking", 1, "cost"], float("nan"), "is not a finite number"),
             (["ranking", 1, "cost"], float("inf"), "is not a finite number"),
             (["ranking", 1, "cost"], "0.1", "ranking.1.cost: Input should be a valid number"),
+            (["ranking", 1, "quality"], {"kl": 0.1}, "agreement: Field required"),
+            (
+                ["ranking", 1, "quality"],
+                {"kl": 0.1, "agreement": 2.0, "perplexity": 9.0},
+                "is not one that can be measured",
+            ),
+            (
+                ["ranking", 1, "quality"],
+                {"kl": 0.1, "agreement": 0.5, "perplexity": 9.0},
+                "held_out does not say on what",
+            ),
+            (["held_out"], {"tokens": 0, "perplexity": 9.0}, "at least one token"),
+            (["candidates"], 0, "candidates must be at least 1"),
+            (["substitutes"], {"kind": "cubic", "fingerprint": "sha256:" + 64 * "0"}, "'cubic'"),
+            (["substitutes"], {"kind": "linear", "fingerprint": "abc"}, "substitutes.fingerprint"),
+            (["budget"], {"max_kl": -1.0}, "--max-kl must be above 0"),
             (["protected"], [3], "protected must list layer 0"),
             (["protected"], [0, 0], "layer 0 is listed twice in protected"),
             (["created"], "yesterday", "created must be a UTC time"),
@@ -220,108 +277,3 @@ class TestFile:
     def test_no_such_folder(self, plan, tmp_path):
         with pytest.raises(PlanError, match=r"cannot write plan .* No such file"):
             write_plan(tmp_path / "none" / "plan.json", plan)
-
-
-class TestRequest:
-    def test_unknown_strategy(self):
-        with pytest.raises(PlanError, match="strategy 'best' is not one of cosine"):
-            PlanRequest(strategy="best")
-
-    def test_protected_layers_must_exist(self):
-        with pytest.raises(PlanError, match=r"protected layers \[6\] do not exist"):
-            compute_plan(BASE, replace(REQUEST, protected=frozenset({6})))
-
-
-def entry(cache: PlanCache) -> Path:
-    (path,) = cache.folder.iterdir()
-    return path
-
-
-class TestCache:
-    @pytest.fixture
-    def cache(self, tmp_path) -> PlanCache:
-        return PlanCache(tmp_path / "cache" / "plans")
-
-    def test_measures_once(self, cache):
-        first, origin = cache.load_or_compute(BASE, REQUEST)
-        again, later = cache.load_or_compute(BASE, REQUEST)
-        assert (origin, later) == ("computed", "cached")
-        assert again == first
-
-    @pytest.mark.parametrize(
-        "other",
-        [{"samples": 3}, {"length": 13}, {"seed": 1}, {"protected": frozenset({2})}],
-    )
-    def test_every_part_of_the_question_counts(self, cache, other):
-        cache.load_or_compute(BASE, REQUEST)
-        assert cache.load_or_compute(BASE, replace(REQUEST, **other))[1] == "computed"
-
-    def test_another_model_or_dtype_is_another_question(self, cache):
-        cache.load_or_compute(BASE, REQUEST)
-        assert cache.load_or_compute(tiny_base(layers=6, seed=1), REQUEST)[1] == "computed"
-        low = tiny_base(layers=6)
-        low.model.bfloat16()
-        assert cache.load_or_compute(low, REQUEST)[1] == "computed"
-
-    def test_a_changed_file_is_another_question_but_a_seed_is_not(self, cache, tmp_path):
-        path = tmp_path / "text.txt"
-        path.write_text("some text " * 10)
-        request = replace(REQUEST, calibration=str(path))
-        assert cache.load_or_compute(BASE, request)[1] == "computed"
-        assert cache.load_or_compute(BASE, replace(request, seed=7))[1] == "cached"
-        path.write_text("other text " * 10)
-        assert cache.load_or_compute(BASE, request)[1] == "computed"
-
-    def test_a_damaged_entry_is_measured_again_with_a_warning(self, cache, caplog):
-        plan, _ = cache.load_or_compute(BASE, REQUEST)
-        entry(cache).write_text("{")
-        with caplog.at_level(logging.WARNING):
-            again, origin = cache.load_or_compute(BASE, REQUEST)
-        assert (again.id, origin) == (plan.id, "computed")
-        assert "measuring again" in caplog.text
-        assert read_plan(entry(cache)) == again
-
-    @pytest.mark.parametrize(
-        ("base", "request_", "reason"),
-        [
-            (tiny_base(layers=6, seed=1), REQUEST, "made for the weights of"),
-            (BASE, replace(REQUEST, seed=4), "made with another seed"),
-        ],
-    )
-    def test_a_foreign_entry_is_measured_again(self, cache, caplog, base, request_, reason):
-        plan, _ = cache.load_or_compute(BASE, REQUEST)
-        write_plan(entry(cache), compute_plan(base, request_))
-        with caplog.at_level(logging.WARNING):
-            again, origin = cache.load_or_compute(BASE, REQUEST)
-        assert (again.id, origin) == (plan.id, "computed")
-        assert reason in caplog.text
-
-    def test_an_entry_that_cannot_be_read_is_one_sentence(self, cache):
-        cache.load_or_compute(BASE, REQUEST)
-        path = entry(cache)
-        path.unlink()
-        path.mkdir()
-        with pytest.raises(PlanError, match=r"cannot read plan .* check the file's permissions"):
-            cache.load_or_compute(BASE, REQUEST)
-
-    def test_a_folder_that_cannot_be_made_is_one_sentence_before_measuring(
-        self, tmp_path, monkeypatch
-    ):
-        (tmp_path / "file").write_text("")
-        monkeypatch.setattr(plan_module, "compute_plan", lambda *_: pytest.fail("measured first"))
-        with pytest.raises(PlanError, match="set ATTNDROP_CACHE_DIR"):
-            PlanCache(tmp_path / "file" / "plans").load_or_compute(BASE, REQUEST)
-
-    def test_errors_in_the_data_come_through(self, cache):
-        with pytest.raises(CalibrationError, match="there is no calibration file"):
-            cache.load_or_compute(BASE, replace(REQUEST, calibration="none.txt"))
-
-    def test_latest(self, cache, caplog):
-        with pytest.raises(PlanError, match="compute one with `attndrop plan --model tiny`"):
-            cache.latest("tiny")
-        plan, _ = cache.load_or_compute(BASE, REQUEST)
-        (cache.folder / "damaged.json").write_text("{")
-        newer = replace(plan, created="2999-01-01T00:00:00Z", dtype="bfloat16")
-        write_plan(cache.folder / "newer.json", newer)
-        assert cache.latest("tiny") == newer
-        assert "skipped: plan" in caplog.text

@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from pruning.cli import plan_app
-from pruning.plan import read_plan
+from pruning.plan import read_plan, read_with_substitutes
+from pruning.substitutes import SubstituteError
 from tests.pruning.tiny_models import tiny_base, tiny_model
 
 app = typer.Typer()
@@ -62,7 +63,50 @@ def test_the_second_time_comes_from_the_cache_unless_forced(model, cache):
     assert "(computed)" in run("--model", model, *SMALL).stderr
     assert "(cached)" in run("--model", model, "--drop", "3", *SMALL).stderr
     assert "(computed)" in run("--model", model, "--force", *SMALL).stderr
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_without_a_number_the_default_budget_chooses_and_says_what_it_gave(model):
+    result = run("--model", model, *SMALL)
+    plan = json.loads(result.stdout)
+    assert plan["budget"] == {"max_kl": 0.2, "min_agreement": None, "max_perplexity_ratio": None}
+    assert "on 11 held-out tokens: KL 0." in result.stderr
+    assert "the budget was KL at most 0.2" in result.stderr
+
+
+def test_budgets_choose_from_the_cached_curve(model):
+    narrow = json.loads(run("--model", model, "--min-agreement", "0.999", *SMALL).stdout)
+    wide = run("--model", model, "--drop", "auto", "--max-kl", "90", *SMALL)
+    assert "(cached)" in wide.stderr
+    assert (narrow["drop"], json.loads(wide.stdout)["drop"]) == (0, 5)
+
+
+def test_greedy_with_substitutes_writes_them_beside_the_plan(model, tmp_path):
+    out = tmp_path / "plan.json"
+    options = ("--strategy", "greedy", "--substitutes", "linear", "--drop", "2")
+    result = run("--model", model, *options, "--output", out, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert f"2 substitutes: 2,112 parameters, 0.0 MiB in {tmp_path}/plan.safetensors" in " ".join(
+        result.stderr.split()
+    )
+    plan, substitutes = read_with_substitutes(out)
+    assert plan.substitutes.kind == "linear"
+    assert set(substitutes.by_layer) == set(range(1, 6))
+    shown = run("show", out).stdout
+    assert "substitutes: linear" in shown
+    assert "agreement" in shown
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(SubstituteError, match="keep that file beside the plan"):
+        read_with_substitutes(out)
+
+
+def test_several_sources_are_named_in_the_plan(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
+    two = ("--calibration", "self", "--calibration", text)
+    plan = json.loads(run("--model", model, *two, "--samples", 4, "--length", 12).stdout)
+    assert plan["calibration"]["sources"][0] == "self"
+    assert plan["calibration"]["sources"][1].startswith("text.txt sha256:")
 
 
 def test_calibration_file_and_protected_layers(model, tmp_path):
@@ -71,7 +115,7 @@ def test_calibration_file_and_protected_layers(model, tmp_path):
     result = run("--model", model, "--calibration", text, "--protect", "1, 5", *SMALL)
     plan = json.loads(result.stdout)
     assert plan["protected"] == [0, 1, 5]
-    assert plan["calibration"]["source"].startswith("text.txt sha256:")
+    assert plan["calibration"]["sources"][0].startswith("text.txt sha256:")
     assert plan["calibration"]["seed"] is None
 
 
@@ -82,7 +126,13 @@ def test_calibration_file_and_protected_layers(model, tmp_path):
         (["--drop", "many"], "drop must be a number of layers"),
         (["--protect", "1;2"], "--protect must be layer indices"),
         (["--protect", "9"], "protected layers [9] do not exist"),
-        (["--strategy", "best"], "strategy 'best' is not one of cosine"),
+        (["--strategy", "best"], "strategy 'best' is not one of cosine, greedy"),
+        (["--max-kl", "0"], "--max-kl must be above 0"),
+        (["--drop", "2", "--max-kl", "1"], "--drop 2 says how many layers"),
+        (["--substitutes", "cubic"], "substitutes must be 'none', 'linear'"),
+        (["--substitutes", "linear", "--output", "p.json"], "substitutes are fitted as the greedy"),
+        (["--strategy", "greedy", "--substitutes", "linear"], "substitutes are written beside"),
+        (["--samples", "1"], "1 samples of 1 sources leave nothing"),
         (["--calibration", "none.txt"], "there is no calibration file 'none.txt'"),
         (["--length", "1"], "length must be 2 to 128 tokens"),
         (["--model", "/none"], "cannot load model '/none'"),

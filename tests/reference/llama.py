@@ -1,4 +1,4 @@
-"""A Llama written out in plain tensor arithmetic, with attention sublayers left out.
+"""A Llama written out in plain tensor arithmetic, with attention sublayers left out or replaced.
 
 Slow, without a cache, batch or transformers code: only the checkpoint's tensors and the formulas
 of Touvron et al. (arXiv 2302.13971) with rotary embeddings (Su et al., arXiv 2104.09864) in the
@@ -8,7 +8,7 @@ half-split layout of Hugging Face checkpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,13 @@ from torch import Tensor
 class ReferenceLlama:
     """Greedy decoding of a Llama checkpoint folder in float32."""
 
-    def __init__(self, folder: Path, dropped: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dropped: Collection[int] = (),
+        maps: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """maps are weights [width, width] and biases [width] in dropped layers' places."""
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = {
             name: tensor.float()
@@ -27,6 +33,7 @@ class ReferenceLlama:
             for name, tensor in load_file(file).items()
         }
         self.dropped = frozenset(dropped)
+        self.maps = maps or {}
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         tokens = list(prompt)
@@ -41,6 +48,9 @@ class ReferenceLlama:
         for layer in range(self.config["num_hidden_layers"]):
             if layer not in self.dropped:
                 hidden = hidden + self._attention(layer, self._norm(hidden, layer, "input"))
+            elif layer in self.maps:
+                weight, bias = self.maps[layer]
+                hidden = hidden + self._norm(hidden, layer, "input") @ weight.T + bias
             hidden = hidden + self._mlp(layer, self._norm(hidden, layer, "post_attention"))
         hidden = self._rms(hidden, self.weights["model.norm.weight"])
         return hidden @ self.weights.get("lm_head.weight", embedding).T
