@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner, Result
 
-from pruning.plan import write_plan
+from pruning.plan import SubstitutesRecord, read_plan, write_plan
 from pruning.plan_cache import PlanCache, PlanRequest
 from server.cli import app
 from tests.export.tiny_checkpoints import load, plan_for, save_checkpoint
@@ -43,6 +45,14 @@ def test_without_a_plan_the_cached_one_is_taken(model, tmp_path, monkeypatch):
     result = run("--model", model, "--drop", "50%", "--format", "gguf", out)
     assert result.exit_code == 0, result.stderr
     assert out.stat().st_size > 10_000
+
+
+def test_substitutes_are_not_left_out_silently(model, plan, tmp_path):
+    record = SubstitutesRecord("linear", "sha256:" + 64 * "0")
+    write_plan(path := tmp_path / "plan.json", replace(read_plan(plan), substitutes=record))
+    result = run("--model", model, "--plan", path, "--format", "gguf", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "puts substitutes in the places of dropped sublayers" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
