@@ -27,12 +27,15 @@ from torch import Tensor
 
 from benchmarks.inprocess import decode, machine, passing, prefill, running
 from pruning.calibration import calibrate
-from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
 from pruning.quantised import EightBitHead, four_bit_layers, quantise
 from pruning.variants import FULL, Variant, Variants
+from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
-MODES = ("float32", "bfloat16", "int4")
+COMPILED = "int4-compiled"
+"""int4 as served once the layers are compiled; quality is that of the uncompiled layers."""
+MODES = ("float32", "bfloat16", "int4", COMPILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,12 @@ def main(
 
 
 def _loaded(model: str, mode: str) -> BaseModel:
-    dtype = "float32" if mode == "int4" else mode
+    dtype = "float32" if mode.startswith("int4") else mode
     base = load_base_model(model, dtype=dtype, device="cpu")
-    if mode == "int4":
+    if mode.startswith("int4"):
         quantise(base.model)
+    if mode == COMPILED:
+        CompiledLayers(base.model, cache_folder() / "compiled").compile_missing()
     return base
 
 
