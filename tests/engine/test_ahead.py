@@ -70,11 +70,11 @@ def test_other_numbers_in_a_layer_are_another_form(folder: Path) -> None:
 def test_without_a_compiler_layers_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled before"))
     base = four_bit_base()
     layers = CompiledLayers(base.model, tmp_path)
-    layers.compile_in_background().join()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        layers.compile_in_background().join()
     assert layers.missing == 1
     assert "layers run uncompiled" in caplog.text
     for rows, attending in STEPS:
