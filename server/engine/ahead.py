@@ -87,7 +87,8 @@ class CompiledLayers:
 
         Without a working C++ compiler they stay as they are, and the log says so.
         """
-        thread = threading.Thread(target=self._compile_quietly, name="compile", daemon=True)
+        # No daemon: the interpreter must not end while compiled code is being made.
+        thread = threading.Thread(target=self._compile_quietly, name="compile")
         thread.start()
         return thread
 
@@ -100,7 +101,8 @@ class CompiledLayers:
         """
         started = time.monotonic()
         for form, example in list(self._missing.items()):
-            _compile_form(example, self._folder / form, self._threads)
+            if not _compile_form(example, self._folder / form, self._threads):
+                return
             self._install(form)
             del self._missing[form]
         logger.info("compiled layers after %.0f s", time.monotonic() - started)
@@ -284,8 +286,9 @@ class _Traced(nn.Module):
         return len(self._held.tensors())
 
 
-def _compile_form(example: _Example, folder: Path, threads: int) -> None:
-    """Compile the functions of a form that its folder lacks."""
+def _compile_form(example: _Example, folder: Path, threads: int) -> bool:
+    """Compile the functions of a form that its folder lacks; return False if the program ends
+    meanwhile."""
     layer, hidden, embeddings = example.layer, example.hidden, example.embeddings
     held = _Weights(layer)
     attended = _reach(layer, hidden, embeddings).query.transpose(1, 2).contiguous()
@@ -296,8 +299,11 @@ def _compile_form(example: _Example, folder: Path, threads: int) -> None:
     }
     for name, (part, inputs) in parts.items():
         path = folder / f"{name}.pt2"
+        if not threading.main_thread().is_alive():
+            return False
         if not path.exists():
             _compile(_Traced(part, held), inputs, held.tensors(), path, threads)
+    return True
 
 
 def _compile(
