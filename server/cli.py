@@ -61,15 +61,25 @@ app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     version: Annotated[
-        bool | None, typer.Option("--version", help="Print the version and leave.", is_eager=True)
-    ] = None,
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and leave.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    """What all commands have in common."""
 
 
 def _with_options_of(

@@ -6,7 +6,10 @@ import subprocess
 import sys
 
 import httpx
+from typer.testing import CliRunner
 
+from server import __version__
+from server.cli import app
 from tests.live import LiveServer
 
 
@@ -56,3 +59,8 @@ def test_a_mistake_in_the_settings_is_one_sentence() -> None:
         assert sentence in run.stderr
         assert "Traceback" not in run.stderr
         assert len(run.stderr.splitlines()) <= 2
+
+
+def test_the_version_is_told() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout.strip()) == (0, __version__)
