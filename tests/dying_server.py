@@ -16,7 +16,8 @@ from server.startup import start
 
 def main() -> int:
     servers: list[Server] = []
-    settings = Settings(port=0, kv_cache_memory="64MiB")
+    # A compiler at work in the background would be waited for.
+    settings = Settings(port=0, kv_cache_memory="64MiB", enforce_eager=True)
     started = start(settings, silent, lambda: servers[0].engine_died())
 
     def break_the_engine() -> None:
