@@ -30,13 +30,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.inprocess import machine
-from benchmarks.roofline import Ceilings, measure_ceilings, median_seconds
+from benchmarks.roofline import Ceilings, copies_beyond_cache, graph_seconds, measure_ceilings
 from server.engine.attention import kernels
 from server.engine.attention.paged import choose_splits, multiprocessors
 
 _DIM, _PAGE = 128, 16
-_CACHED_BYTES = 200 << 20
-"""More than any device's cache."""
 _UNBOUNDED = 1 << 30
 _SPLITS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 20
@@ -131,7 +129,8 @@ def main(
 def _decode(heads: Heads, batch: int, context: int, ceilings: Ceilings) -> DecodeRow:
     pages = _pages(heads, batch, context)
     query = torch.randn(batch, heads.query, _DIM, dtype=torch.bfloat16, device="cuda")
-    held = kernels.decode_tiling(heads.query, heads.kv).resident * multiprocessors(query.device)
+    tiling = kernels.decode_tiling(heads.query, heads.kv, _DIM)
+    held = tiling.resident * multiprocessors(query.device)
     chosen = choose_splits(batch * heads.kv, held, context)
     by_splits = {splits: _time(_ours(query, pages, splits), pages) for splits in _SPLITS}
     moved = 2 * batch * context * heads.kv * _DIM * 2
@@ -199,7 +198,7 @@ def _pages(heads: Heads, sequences: int, context: int) -> Pages:
     """Return random pages in random order."""
     each = -(-context // _PAGE)
     layer_bytes = sequences * each * _PAGE * 2 * heads.kv * _DIM * 2
-    layers = max(2, -(-_CACHED_BYTES // layer_bytes))
+    layers = copies_beyond_cache(layer_bytes)
     pool = torch.randn(
         sequences * each, layers, 2, _PAGE, heads.kv, _DIM, dtype=torch.bfloat16, device="cuda"
     )
@@ -208,14 +207,8 @@ def _pages(heads: Heads, sequences: int, context: int) -> Pages:
 
 
 def _time(work: Callable[[int], object], pages: Pages) -> float:
-    """Return the median microseconds of `work` on a layer, in a graph that does all layers."""
-    work(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in range(pages.layers):
-            work(layer)
-    return median_seconds(graph.replay, torch.device("cuda"), _REPEATS) / pages.layers * 1e6
+    """Return the median microseconds of `work` on a layer."""
+    return graph_seconds(work, pages.layers, _REPEATS) * 1e6
 
 
 # The peer.

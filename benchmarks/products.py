@@ -23,14 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.inprocess import machine
-from benchmarks.roofline import measure_ceilings, median_seconds
+from benchmarks.roofline import copies_beyond_cache, graph_seconds, measure_ceilings
 from benchmarks.shapes import llama_config
 from pruning.families import kv_shape
 from server.engine import linear
-
-_CACHED_BYTES = 250 << 20
-"""More than any device's cache."""
-_REPEATS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,7 @@ def _row(product: Product, rows: int, bytes_per_second: float) -> Row:
     size = product.outputs * product.inputs * 2
     weights = [
         torch.randn(product.outputs, product.inputs, dtype=torch.bfloat16, device="cuda") / 64
-        for _ in range(max(2, -(-_CACHED_BYTES // size)))
+        for _ in range(copies_beyond_cache(size))
     ]
     x = torch.randn(rows, product.inputs, dtype=torch.bfloat16, device="cuda")
     ways: tuple[Callable[..., Tensor], Callable[..., Tensor]]
@@ -122,15 +118,7 @@ def _gated(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _microseconds(work: Callable[[Tensor], object], weights: list[Tensor]) -> float:
-    """Return the median time of `work` on one weight, in a graph over all of them."""
-    work(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            work(weight)
-    seconds = median_seconds(graph.replay, torch.device("cuda"), _REPEATS)
-    return seconds / len(weights) * 1e6
+    return graph_seconds(lambda index: work(weights[index]), len(weights)) * 1e6
 
 
 def _table(shape: str, rows: list[Row]) -> Table:

@@ -25,6 +25,7 @@ from pruning.families import kv_shape
 
 _WARM_UP = 3
 _GIB = 1 << 30
+_CACHED_BYTES = 250 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,35 +172,51 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 20
 def _copy_rate(size: int, device: torch.device, repeats: int) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device, repeats)
 
 
 def _sum_rate(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     values = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
-    return size / median_seconds(lambda: values.sum(), device, repeats)
+    return size / _median_seconds(lambda: values.sum(), device, repeats)
 
 
 def _matrix_vector_rate(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     width = 8192
     weight = torch.ones(size // dtype.itemsize // width, width, dtype=dtype, device=device)
     row = torch.ones(1, width, dtype=dtype, device=device)
-    return size / median_seconds(lambda: functional.linear(row, weight), device, repeats)
+    return size / _median_seconds(lambda: functional.linear(row, weight), device, repeats)
 
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device, repeats: int) -> float:
     """Random values: products of constants draw less power, and so run faster than real ones."""
     width = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(width, width, dtype=dtype, device=device) for _ in range(2))
-    return 2 * width**3 / median_seconds(lambda: left @ right, device, repeats)
+    return 2 * width**3 / _median_seconds(lambda: left @ right, device, repeats)
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median time of `work`, by the device's own clock where it has one."""
     for _ in range(_WARM_UP):
         work()
     if device.type == "cuda":
         return statistics.median(_cuda_seconds(work, device, repeats))
     return statistics.median(_seconds(work) for _ in range(repeats))
+
+
+def graph_seconds(work: Callable[[int], object], count: int, repeats: int = 20) -> float:
+    """Return the median seconds of one of `work(0)`, `work(1)` ..., in a CUDA graph of `count`."""
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            work(index)
+    return _median_seconds(graph.replay, torch.device("cuda"), repeats) / count
+
+
+def copies_beyond_cache(size: int) -> int:
+    """Return how many tensors of so many bytes do not fit any device's cache together; not 1."""
+    return max(2, -(-_CACHED_BYTES // size))
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -124,9 +124,9 @@ def biased_attention(
 
     Shapes as in `masked_attention`; `visible` None means that every key is seen.
     """
-    if form.softcap is None and query.shape[2] == 1:
-        return _one_row(query, key, value, visible, form)
     if form.softcap is None:
+        if query.shape[2] == 1:
+            return _one_row(query, key, value, visible, form)
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, scale=form.scaling, enable_gqa=True
         )

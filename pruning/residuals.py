@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pruning.attention import CausalAttention
 from pruning.calibration import Progress, silent
 from pruning.loading import BaseModel
-from pruning.sublayers import Substitute
+from pruning.sublayers import Substitute, watching_layers
 
 _BATCH = 8
 """Samples computed together, so that temporaries stay small."""
@@ -98,28 +98,22 @@ class Residuals:
         """Keep what enters each layer of the full model, as the family's own loop calls it."""
         self._entering = [[] for _ in range(base.layers + 1)]
 
-        def enter(index: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._embeddings[index] = named["position_embeddings"]
-            self._entering[index].append(args[0] if args else named["hidden_states"])
+        def enter(index: int, hidden: Tensor, embeddings: tuple[Tensor, Tensor]) -> None:
+            self._embeddings[index] = embeddings
+            self._entering[index].append(hidden)
 
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, named, index=index: enter(index, args, named), with_kwargs=True
-            )
-            for index, layer in enumerate(self._layers)
-        ]
-        handles.append(
-            self._norm.register_forward_pre_hook(lambda _, args: self._entering[-1].append(args[0]))
+        end = self._norm.register_forward_pre_hook(
+            lambda _, args: self._entering[-1].append(args[0])
         )
         try:
-            for first in range(0, len(token_ids), _BATCH):
-                batch = token_ids[first : first + _BATCH].to(base.device)
-                with torch.inference_mode():
-                    base.model(batch, logits_to_keep=1)
-                progress("running the full model", first + len(batch), len(token_ids))
+            with watching_layers(base.model, enter):
+                for first in range(0, len(token_ids), _BATCH):
+                    batch = token_ids[first : first + _BATCH].to(base.device)
+                    with torch.inference_mode():
+                        base.model(batch, logits_to_keep=1)
+                    progress("running the full model", first + len(batch), len(token_ids))
         finally:
-            for handle in handles:
-                handle.remove()
+            end.remove()
 
     def _leaving(
         self, index: int, hidden: Tensor, dropped: Mapping[int, Substitute | None]

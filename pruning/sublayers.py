@@ -15,7 +15,8 @@ This file and projections.py are the only ones that replace parts of a transform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,10 @@ class Substitute(Protocol):
 
 AttentionFunction = Callable[[Tensor, tuple[Tensor, Tensor], Attend, int], Tensor]
 """Hidden states, position embeddings, what attends and the layer's index, to hidden states."""
+
+
+LayerNote = Callable[[int, Tensor, tuple[Tensor, Tensor]], None]
+"""Takes a layer's index, and the hidden states and position embeddings that enter it."""
 
 
 class AttentionSublayer(nn.Module):
@@ -194,6 +199,27 @@ def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
     model.config.use_cache = False
     use_attend(model)
     return [layer.attention for layer in layers]
+
+
+@contextmanager
+def watching_layers(model: PreTrainedModel, note: LayerNote) -> Iterator[None]:
+    """Tell `note` of every layer's call in `model`'s forward passes, as long as this lasts."""
+
+    def tell(index: int, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        note(index, args[0] if args else named["hidden_states"], named["position_embeddings"])
+
+    layers: Sequence[nn.Module] = model.get_decoder().layers  # type: ignore[no-untyped-call]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, named, index=index: tell(index, args, named), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rows_attending(layers: int, rows: int, dropped: frozenset[int] | set[int]) -> list[int]:

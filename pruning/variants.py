@@ -15,6 +15,11 @@ FULL = "full"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 
 
+def is_name(text: str) -> bool:
+    """Whether a variant may have this name."""
+    return _NAME.fullmatch(text) is not None
+
+
 class VariantError(ValueError):
     """A variant's name or layers are not usable."""
 
@@ -89,7 +94,7 @@ class Variants:
         if FULL not in self._by_name or len(self._by_name[FULL].kept) != self.layers:
             raise VariantError(f"there must be a variant {FULL!r} that keeps every layer")
         for variant in self._ordered:
-            if not _NAME.fullmatch(variant.name):
+            if not is_name(variant.name):
                 raise VariantError(
                     f"variant name {variant.name!r} must be 1 to 32 lower-case letters, digits, "
                     "'.', '_' or '-', and start with a letter or digit"

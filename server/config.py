@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pruning.loading import EMBEDDED_MODEL, cache_folder
@@ -47,6 +47,36 @@ def _split(value: Any) -> Any:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+def _usable_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not key or not key.isascii() or key != key.strip() for key in keys):
+        raise ValueError("an API key must be plain ASCII without spaces around it")
+    return keys
+
+
+# What can be set of everything that answers the API.
+
+Host = Annotated[str, Field(description="Address to listen on.")]
+Port = Annotated[int, Field(ge=0, le=65535, description="Port to listen on; 0 takes a free one.")]
+ApiKeys = Annotated[
+    Texts,
+    AfterValidator(_usable_keys),
+    Field(description="A key clients must send as Bearer token. Repeatable; none: open to all."),
+]
+Origins = Annotated[
+    Texts, Field(description="An origin whose web pages may call the API. Repeatable.")
+]
+BodySize = Annotated[
+    Bytes, Field(gt=0, description="Largest request body, in bytes or with a unit.")
+]
+DrainTimeout = Annotated[
+    float, Field(ge=0, description="Seconds that running requests get after SIGTERM.")
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"], Field(description="How much is logged.")
+]
+LOCAL, BODY_SIZE, DRAIN_SECONDS = "127.0.0.1", 4 << 20, 30
 
 
 class Settings(BaseSettings):
@@ -103,23 +133,13 @@ class Settings(BaseSettings):
     )
     protect: str = Field("", description="Layers never dropped, such as 1,2,29. Layer 0 never is.")
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    api_key: Texts = Field(
-        (), description="A key clients must send as Bearer token. Repeatable; none: open to all."
-    )
-    cors_origin: Texts = Field(
-        (), description="An origin whose web pages may call the API. Repeatable."
-    )
-    max_body_size: Bytes = Field(
-        4 << 20, gt=0, description="Largest request body, in bytes or with a unit."
-    )
-    drain_timeout: float = Field(
-        30, ge=0, description="Seconds that running requests get after SIGTERM."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="How much is logged."
-    )
+    host: Host = LOCAL
+    port: Port = 8000
+    api_key: ApiKeys = ()
+    cors_origin: Origins = ()
+    max_body_size: BodySize = BODY_SIZE
+    drain_timeout: DrainTimeout = DRAIN_SECONDS
+    log_level: LogLevel = "info"
 
     kv_cache_memory: Bytes | None = Field(
         None,
@@ -150,13 +170,6 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(
         True, description="Keep computed pages for prompts that begin alike, until they are needed."
     )
-
-    @field_validator("api_key")
-    @classmethod
-    def keys_are_usable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not key or not key.isascii() or key != key.strip() for key in keys):
-            raise ValueError("an API key must be plain ASCII without spaces around it")
-        return keys
 
     @field_validator("variant")
     @classmethod

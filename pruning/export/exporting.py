@@ -9,6 +9,7 @@ from pruning.calibration import Progress, silent
 from pruning.export import gguf_file, llm_drop_folder, nemotron_nas, transformers_folder
 from pruning.export.checkpoint import Checkpoint, read_checkpoint
 from pruning.export.errors import ExportError
+from pruning.export.output import check_free
 from pruning.export.pruned import Options, Pruned
 from pruning.loading import checkpoint_folder, served_name
 from pruning.loading import gguf_file as gguf_source
@@ -52,8 +53,7 @@ def export(
             f"plan {plan.id} puts substitutes in the places of dropped sublayers, which no format "
             "can carry; export a plan that was made without --substitutes"
         )
-    if out.exists():
-        raise ExportError(f"{out} exists; remove it or choose another name")
+    check_free(out)
     checkpoint = read_checkpoint(checkpoint_folder(model), trust_remote_code=trust_remote_code)
     name = served_name(model)
     _check_fits(plan, checkpoint, name)

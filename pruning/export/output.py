@@ -15,6 +15,12 @@ from pathlib import Path
 from pruning.export.errors import ExportError
 
 
+def check_free(out: Path) -> None:
+    """Raise ExportError if something stands where the output is to be."""
+    if out.exists():
+        raise ExportError(f"{out} exists; remove it or choose another name")
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yield a folder to fill that becomes `out` if the block ends well, and is removed if not.
@@ -43,8 +49,7 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    if out.exists():
-        raise ExportError(f"{out} exists; remove it or choose another name")
+    check_free(out)
     work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

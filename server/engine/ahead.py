@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 from pruning import quantised, sublayers
 from pruning.attention import Attend, AttentionForm
 from pruning.quantised import FEW_ROWS, four_bit_layers, runs_here
-from pruning.sublayers import WrappedLayer
+from pruning.sublayers import WrappedLayer, watching_layers
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +65,16 @@ class CompiledLayers:
         """Let every layer run by what `folder` has for it; the rest is `missing`."""
         self._folder = folder
         self._threads = torch.get_num_threads()
-        self._waiting: dict[str, list[_Example]] = {}
+        self._missing: dict[str, _Missing] = {}
+        forms: dict[str, list[_Example]] = {}
+        machine = _machine()
         for example in _examples(model):
-            self._waiting.setdefault(_form(example.layer), []).append(example)
-        # What is traced changes its layer meanwhile: it gets one that no step runs.
-        self._missing: dict[str, _Example] = {}
-        for form, examples in list(self._waiting.items()):
+            forms.setdefault(_form(example.layer, machine), []).append(example)
+        for form, examples in forms.items():
             if all((folder / form / f"{name}.pt2").exists() for name in _Functions.names()):
-                self._install(form)
+                self._install(form, examples)
             else:
-                layer = copy.deepcopy(examples[0].layer)
-                self._missing[form] = replace(examples[0], layer=layer)
+                self._missing[form] = _Missing.of(examples)
 
     @property
     def missing(self) -> int:
@@ -100,10 +99,10 @@ class CompiledLayers:
             RuntimeError, OSError, SubprocessError: there is no C++ compiler, or it failed.
         """
         started = time.monotonic()
-        for form, example in list(self._missing.items()):
-            if not _compile_form(example, self._folder / form, self._threads):
+        for form, missing in list(self._missing.items()):
+            if not _compile_form(missing.traced, self._folder / form, self._threads):
                 return
-            self._install(form)
+            self._install(form, missing.examples)
             del self._missing[form]
         logger.info("compiled layers after %.0f s", time.monotonic() - started)
 
@@ -116,11 +115,10 @@ class CompiledLayers:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("layers run uncompiled, which is slower: %s", reason)
 
-    def _install(self, form: str) -> None:
-        functions = _Functions(
-            *(_load(self._folder / form / f"{name}.pt2") for name in _Functions.names())
-        )
-        for example in self._waiting.pop(form):
+    def _install(self, form: str, examples: Sequence[_Example]) -> None:
+        folder = self._folder / form
+        functions = _Functions(*(_load(folder / f"{name}.pt2") for name in _Functions.names()))
+        for example in examples:
             _install(example, functions)
 
 
@@ -172,20 +170,31 @@ class _Example:
     embeddings: Embeddings
 
 
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """The layers of a form without functions, and one that is traced to make them: tracing changes
+    it meanwhile, so no step runs it."""
+
+    examples: Sequence[_Example]
+    traced: _Example
+
+    @classmethod
+    def of(cls, examples: Sequence[_Example]) -> _Missing:
+        first = examples[0]
+        return cls(examples, replace(first, layer=copy.deepcopy(first.layer)))
+
+
 def _examples(model: PreTrainedModel) -> list[_Example]:
     """Return every layer with what a forward pass of a few tokens gives it."""
+    layers = model.get_decoder().layers  # type: ignore[no-untyped-call]
     found: list[_Example] = []
 
-    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        found.append(_Example(layer, hidden, kwargs["position_embeddings"]))
+    def note(index: int, hidden: Tensor, embeddings: Embeddings) -> None:
+        found.append(_Example(layers[index], hidden, embeddings))
 
-    layers = model.get_decoder().layers  # type: ignore[no-untyped-call]
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     positions = torch.arange(_EXAMPLE_ROWS)[None]
-    model(positions, position_ids=positions)
-    for hook in hooks:
-        hook.remove()
+    with watching_layers(model, note):
+        model(positions, position_ids=positions)
     return found
 
 
@@ -335,7 +344,7 @@ def _load(path: Path) -> Function:
 # What tells functions apart.
 
 
-def _form(layer: WrappedLayer) -> str:
+def _form(layer: WrappedLayer, machine: tuple[object, ...]) -> str:
     """Return a name for all that decides what a layer computes, but for its weights' values."""
     held = _Weights(layer)
     shapes = [(name, tuple(p.shape), p.dtype) for name, p in held.parameters.items()]
@@ -344,7 +353,7 @@ def _form(layer: WrappedLayer) -> str:
         (name, type(module).__qualname__, _settings(module))
         for name, module in layer.named_modules()
     ]
-    return hashlib.sha256(repr((shapes, packed, modules, _machine())).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((shapes, packed, modules, machine)).encode()).hexdigest()[:24]
 
 
 def _settings(module: nn.Module) -> list[tuple[str, object]]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from server.api.errors import ApiError, unavailable
 from server.gateway.call import Call
@@ -25,6 +25,8 @@ from server.gateway.tally import Tally
 from server.gateway.upstream import Pool, Upstream
 
 logger = logging.getLogger(__name__)
+
+Answered = TypeVar("Answered")
 
 _OK = 200
 _BUSY = 429
@@ -125,16 +127,11 @@ class Forwarder:
         Raises:
             ApiError: the upstreams refused it or failed.
         """
-        tried: set[Upstream] = set()
-        failure: UpstreamFailedError | None = None
-        while (upstream := pool.pick(tried)) is not None:
-            tried.add(upstream)
-            try:
-                return await self._answer_of(upstream, call, method)
-            except UpstreamFailedError as error:
-                logger.warning("%s", error)
-                failure = error
-        raise _nobody(pool, failure)
+
+        async def ask(upstream: Upstream) -> dict[str, Any]:
+            return await self._answer_of(upstream, call, method)
+
+        return await _first_to_answer(pool, set(), ask)
 
     async def open(self, call: Call, pool: Pool, tried: set[Upstream]) -> Opened:
         """Return a stream that has begun, of an upstream that is not among `tried`.
@@ -142,15 +139,11 @@ class Forwarder:
         Raises:
             ApiError: the upstreams refused it or failed.
         """
-        failure: UpstreamFailedError | None = None
-        while (upstream := pool.pick(tried)) is not None:
-            tried.add(upstream)
-            try:
-                return await self._open_at(upstream, call)
-            except UpstreamFailedError as error:
-                logger.warning("%s", error)
-                failure = error
-        raise _nobody(pool, failure)
+
+        async def ask(upstream: Upstream) -> Opened:
+            return await self._open_at(upstream, call)
+
+        return await _first_to_answer(pool, tried, ask)
 
     async def _answer_of(self, upstream: Upstream, call: Call, method: str) -> dict[str, Any]:
         upstream.outstanding += 1
@@ -297,6 +290,25 @@ class _Relay:
             for key, value in data.items()
             if not (superfluous and key == "usage")
         }
+
+
+async def _first_to_answer(
+    pool: Pool, tried: set[Upstream], ask: Callable[[Upstream], Awaitable[Answered]]
+) -> Answered:
+    """Ask one upstream after the other that is not among `tried`, and add those asked.
+
+    Raises:
+        ApiError: the upstreams refused it or failed.
+    """
+    failure: UpstreamFailedError | None = None
+    while (upstream := pool.pick(tried)) is not None:
+        tried.add(upstream)
+        try:
+            return await ask(upstream)
+        except UpstreamFailedError as error:
+            logger.warning("%s", error)
+            failure = error
+    raise _nobody(pool, failure)
 
 
 def _not_successful(upstream: Upstream, answer: Answer, raw: bytes) -> Exception:

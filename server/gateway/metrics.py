@@ -5,34 +5,14 @@ So the same dashboard shows one server or many. What no upstream tells is left o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.gateway.figures import BY_SERVER, BY_VARIANT, UTILIZATION, Combine
 from server.gateway.scrape import WHOLE_SERVER
 from server.gateway.upstream import Pool, Upstream
-
-_Combine = Callable[[Iterable[float]], float]
-
-_BY_VARIANT: Mapping[str, tuple[_Combine, str]] = {
-    "variant_attention_layers": (max, "Decoder layers in which the variant keeps attention."),
-    "variant_dropped_layers": (max, "Decoder layers whose attention sublayer it drops."),
-    "variant_kv_bytes_per_token": (max, "Bytes of keys and values stored for one token."),
-    "variant_capacity_tokens": (math.fsum, "Tokens that fit if only this variant is used."),
-    "requests_running": (math.fsum, "Requests that upstreams are computing."),
-    "requests_waiting": (math.fsum, "Requests in the upstreams' queues."),
-    "kv_cache_used_bytes": (math.fsum, "Bytes of KV memory that the variant's requests own."),
-    "kv_cache_cached_bytes": (math.fsum, "Bytes of pages kept for prompts that begin alike."),
-    "preemptions_total": (math.fsum, "Times a running request lost its pages."),
-    "prefix_cache_queries_tokens_total": (math.fsum, "Prompt tokens looked for in prefix caches."),
-    "prefix_cache_hit_tokens_total": (math.fsum, "Prompt tokens found in prefix caches."),
-}
-_BY_SERVER: Mapping[str, tuple[_Combine, str]] = {
-    "kv_cache_capacity_bytes": (math.fsum, "Bytes of KV memory of all upstreams."),
-    "engine_steps_total": (math.fsum, "Steps of all upstreams."),
-}
 
 
 class UpstreamCollector(Collector):
@@ -45,13 +25,13 @@ class UpstreamCollector(Collector):
         self._upstreams = tuple(dict.fromkeys(found))
 
     def collect(self) -> Iterator[Metric]:
-        for name, (combine, text) in _BY_VARIANT.items():
+        for name, (combine, text) in BY_VARIANT.items():
             yield self._by_variant(name, text, combine)
-        for name, (combine, text) in _BY_SERVER.items():
+        for name, (combine, text) in BY_SERVER.items():
             values = list(_values(self._upstreams, WHOLE_SERVER, name))
             yield self._single(name, text, [combine(values)] if values else [])
         yield self._single(
-            "kv_cache_utilization_ratio",
+            UTILIZATION,
             "Share of the upstreams' KV memory that requests own, from 0 to 1.",
             list(self._utilization()),
         )
@@ -61,14 +41,14 @@ class UpstreamCollector(Collector):
 
     def _utilization(self) -> Iterator[float]:
         """Weighted by capacity where that is known of all."""
-        ratios = list(_values(self._upstreams, WHOLE_SERVER, "kv_cache_utilization_ratio"))
+        ratios = list(_values(self._upstreams, WHOLE_SERVER, UTILIZATION))
         sizes = list(_values(self._upstreams, WHOLE_SERVER, "kv_cache_capacity_bytes"))
         if not ratios:
             return
         weights = sizes if len(sizes) == len(ratios) and any(sizes) else [1.0] * len(ratios)
         yield sum(r * w for r, w in zip(ratios, weights, strict=True)) / sum(weights)
 
-    def _by_variant(self, name: str, text: str, combine: _Combine) -> Metric:
+    def _by_variant(self, name: str, text: str, combine: Combine) -> Metric:
         family = _family(name, text, ("model_name", "variant"))
         for pool in self._pools:
             values = list(_values(pool.upstreams, pool.variant, name))

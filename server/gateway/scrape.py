@@ -11,28 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from server.gateway.figures import BY_SERVER, BY_VARIANT, UTILIZATION
 from server.gateway.upstream import Usage
 
 WHOLE_SERVER = ""
 
-_BY_VARIANT = frozenset(
-    {
-        "requests_running",
-        "requests_waiting",
-        "kv_cache_used_bytes",
-        "kv_cache_cached_bytes",
-        "preemptions_total",
-        "prefix_cache_queries_tokens_total",
-        "prefix_cache_hit_tokens_total",
-        "variant_attention_layers",
-        "variant_dropped_layers",
-        "variant_kv_bytes_per_token",
-        "variant_capacity_tokens",
-    }
-)
-_BY_SERVER = frozenset(
-    {"kv_cache_capacity_bytes", "kv_cache_utilization_ratio", "engine_steps_total"}
-)
 _VLLM = {
     "vllm:num_requests_running": "requests_running",
     "vllm:num_requests_waiting": "requests_waiting",
@@ -42,6 +25,8 @@ _VLLM = {
 }
 _VLLM_USED = "vllm:kv_cache_usage_perc"
 _VLLM_CACHE = "vllm:cache_config_info"
+
+_OF_SERVERS = {*BY_SERVER, UTILIZATION}
 
 _SAMPLE = re.compile(r"(?P<name>[a-z_:]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -68,16 +53,16 @@ def read_usage(text: str, variant: str) -> Usage:
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for sample in samples:
         name = sample.name.removeprefix("attndrop_")
-        if name in _BY_VARIANT:
+        if name in BY_VARIANT:
             found[sample.labels.get("variant", WHOLE_SERVER)][name] = sample.value
-        elif name in _BY_SERVER:
+        elif name in _OF_SERVERS:
             found[WHOLE_SERVER][name] = sample.value
     return found
 
 
 def _samples(text: str) -> Iterator[_Sample]:
     wanted = {*_VLLM, _VLLM_USED, _VLLM_CACHE}
-    wanted |= {f"attndrop_{name}" for name in _BY_VARIANT | _BY_SERVER}
+    wanted |= {f"attndrop_{name}" for name in {*BY_VARIANT, *_OF_SERVERS}}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in wanted and (match := _SAMPLE.fullmatch(line)):

@@ -7,18 +7,29 @@ Every setting is a command-line option and an environment variable (ATTNDROP_GAT
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from server.config import Bytes, Texts
+from pruning.variants import is_name
+from server.config import (
+    BODY_SIZE,
+    DRAIN_SECONDS,
+    LOCAL,
+    ApiKeys,
+    BodySize,
+    DrainTimeout,
+    Host,
+    LogLevel,
+    Origins,
+    Port,
+    Texts,
+)
 
 EVERY = "*"
 """The name of a pool whose servers hold every variant."""
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,31}")
 
 
 def _words(value: Any) -> Any:
@@ -66,30 +77,13 @@ class GatewaySettings(BaseSettings):
         600, ge=0, description="Seconds to wait for one server of every pool at the start."
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    api_key: Texts = Field(
-        (), description="A key clients must send as Bearer token. Repeatable; none: open to all."
-    )
-    cors_origin: Texts = Field(
-        (), description="An origin whose web pages may call the API. Repeatable."
-    )
-    max_body_size: Bytes = Field(
-        4 << 20, gt=0, description="Largest request body, in bytes or with a unit."
-    )
-    drain_timeout: float = Field(
-        30, ge=0, description="Seconds that running requests get after SIGTERM."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="How much is logged."
-    )
-
-    @field_validator("api_key")
-    @classmethod
-    def keys_are_usable(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not key or not key.isascii() or key != key.strip() for key in keys):
-            raise ValueError("an API key must be plain ASCII without spaces around it")
-        return keys
+    host: Host = LOCAL
+    port: Port = 8080
+    api_key: ApiKeys = ()
+    cors_origin: Origins = ()
+    max_body_size: BodySize = BODY_SIZE
+    drain_timeout: DrainTimeout = DRAIN_SECONDS
+    log_level: LogLevel = "info"
 
     @field_validator("split")
     @classmethod
@@ -114,7 +108,7 @@ class GatewaySettings(BaseSettings):
         for given in self.upstream:
             name, _, urls = given.partition("=")
             name = name.lower()
-            if name != EVERY and not _NAME.fullmatch(name):
+            if name != EVERY and not is_name(name):
                 raise ValueError(f"--upstream {given!r} must be VARIANT=URL,URL or '*=URL,URL'")
             found = tuple(url.rstrip("/") for url in urls.split(",") if url)
             if not found or not all(_is_http(url) for url in found):

@@ -243,9 +243,12 @@ class DecodeTiling:
     """Programs that a multiprocessor runs side by side."""
 
 
-def decode_tiling(heads: int, kv_heads: int) -> DecodeTiling:
-    """Return what benchmarks/attention.py found best: long blocks where heads share keys."""
-    return DecodeTiling(128, 2, 2) if heads > kv_heads else DecodeTiling(64, 3, 3)
+def decode_tiling(heads: int, kv_heads: int, dim: int) -> DecodeTiling:
+    """Return what benchmarks/attention.py found best: long blocks where heads share keys, if a
+    multiprocessor has room for them."""
+    if heads == kv_heads:
+        return DecodeTiling(64, 3, 3)
+    return DecodeTiling(128, 2, 2) if dim <= 128 else DecodeTiling(64, 3, 2)
 
 
 def decode(
@@ -281,8 +284,7 @@ def decode(
     partial = torch.empty(sequences, heads, splits, dim, dtype=torch.float32, device=query.device)
     weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
     padded_dim = max(16, triton.next_power_of_2(dim))
-    tiling = decode_tiling(heads, kv_heads)
-    block, stages = (tiling.block, tiling.stages) if padded_dim <= 128 else (64, 3)
+    tiling = decode_tiling(heads, kv_heads, dim)
     _decode[(kv_heads, sequences, splits)](
         query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
         partial, weights, out,
@@ -290,8 +292,8 @@ def decode(
         value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
         scaling, softcap, window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
-        dim, padded_dim, block, splits, softcap > 0, writes,
-        num_warps=4, num_stages=stages,
+        dim, padded_dim, tiling.block, splits, softcap > 0, writes,
+        num_warps=4, num_stages=tiling.stages,
     )  # fmt: skip
     if splits > 1:
         _reduce[(sequences, heads)](

@@ -104,7 +104,7 @@ class PagedBackend:
                 rows, key, value, keys, values,
                 step.pages, single.table_starts, single.rows, step.slots, single.lengths, out,
                 writes=step.chunks is None, scaling=form.scaling, window=window, softcap=softcap,
-                splits=self._splits(single, rows.shape[1]),
+                splits=self._splits(single, rows),
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
             attend_chunks(
@@ -114,8 +114,10 @@ class PagedBackend:
             )  # fmt: skip
         return out[None]
 
-    def _splits(self, single: Singles, heads: int) -> int:
-        held = decode_tiling(heads, self._kv_heads).resident * multiprocessors(self._device)
+    def _splits(self, single: Singles, rows: Tensor) -> int:
+        _, heads, dim = rows.shape
+        tiling = decode_tiling(heads, self._kv_heads, dim)
+        held = tiling.resident * multiprocessors(self._device)
         return choose_splits(len(single.rows) * self._kv_heads, held, single.longest)
 
     def _prepare(self, group: GroupRows, batch: Batch) -> GroupStep:
