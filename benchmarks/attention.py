@@ -3,9 +3,10 @@
     python -m benchmarks.attention --heads 32/8,40/40 --batch 1,8,16,32,128 --context 2048
 
 Decode: one row a sequence. The ceiling is the bytes of keys and values over the copy bandwidth of
-this run; "chosen" is what the server's rule takes. Chunks: whole prompts against the
-matrix rate. FlashInfer's kernels run on the same pages where it is installed (it compiles them at
-first use, which is not counted; what it plans on the host each step is shown).
+this run; "chosen" is what the server's rule takes. Chunks: prompts, some of which go on after
+earlier chunks, against the matrix rate; whole ones also against torch's own kernels, which want
+keys and values side by side. FlashInfer's kernels run on the same pages where it is installed (it
+compiles them at first use, which is not counted; what it plans on the host each step is shown).
 
 Kernels run in a CUDA graph, over as many layers as do not fit the device's cache together.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +30,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.inprocess import machine
 from benchmarks.roofline import Ceilings, copies_beyond_cache, graph_seconds, measure_ceilings
@@ -35,9 +39,10 @@ from server.engine.attention import kernels
 from server.engine.attention.paged import choose_splits, multiprocessors
 
 _DIM, _PAGE = 128, 16
-_UNBOUNDED = 1 << 30
 _SPLITS = (1, 2, 4, 8, 16, 32)
 _REPEATS = 20
+_CHUNK = re.compile(r"(\d+)x(\d+)(?:\+(\d+))?")
+_TORCH = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,12 @@ class ChunkRow:
     heads: str
     prompts: int
     tokens: int
+    before: int
+    """Tokens of each that earlier chunks have put into pages."""
     ours: float
     ceiling: float
+    torch: dict[str, float]
+    """By torch's kernels, from contiguous keys and values; only where nothing came before."""
     flashinfer: float | None
 
 
@@ -101,7 +110,9 @@ def main(
     heads: Annotated[str, typer.Option(help="Query/kv heads.")] = "32/8,40/40",
     batch: Annotated[str, typer.Option(help="Sequences.")] = "1,8,16,32,128",
     context: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
-    chunks: Annotated[str, typer.Option(help="Prompts of the context each.")] = "1",
+    chunks: Annotated[
+        str, typer.Option(help="Prompts x tokens, + tokens that are in pages already.")
+    ] = "1x2048,4x512,1x2048+2048",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure attention kernels."""
@@ -110,9 +121,10 @@ def main(
     device = torch.device("cuda")
     ceilings = measure_ceilings(device, torch.bfloat16)
     shapes = [Heads(*map(int, part.split("/"))) for part in heads.split(",")]
-    batches, prompts = ([int(part) for part in text.split(",")] for text in (batch, chunks))
+    batches = [int(part) for part in batch.split(",") if part]
+    parts = [_chunk_sizes(part) for part in chunks.split(",") if part]
     decode = [_decode(shape, count, context, ceilings) for shape in shapes for count in batches]
-    whole = [_chunk(shape, count, context, ceilings) for shape in shapes for count in prompts]
+    whole = [_chunk(shape, *sizes, ceilings) for shape in shapes for sizes in parts]
     console = Console(width=160)
     console.print(_decode_table(decode))
     console.print(_chunk_table(whole))
@@ -124,6 +136,13 @@ def main(
             "chunks": [asdict(row) for row in whole],
         }
         output.write_text(json.dumps(body, indent=2) + "\n")
+
+
+def _chunk_sizes(text: str) -> tuple[int, int, int]:
+    """Return prompts, tokens and tokens before of a text like 1x2048 or 1x2048+2048."""
+    if (match := _CHUNK.fullmatch(text)) is None:
+        raise typer.BadParameter(f"a chunk is written like 1x2048 or 1x2048+2048, not {text!r}")
+    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def _decode(heads: Heads, batch: int, context: int, ceilings: Ceilings) -> DecodeRow:
@@ -160,37 +179,46 @@ def _ours(query: Tensor, pages: Pages, splits: int) -> Callable[[int], None]:
     def attend(layer: int) -> None:
         kernels.decode(
             query, row, row, *pages.layer(layer), pages.tables, starts, numbers, slots, lengths,
-            out, writes=True, scaling=_DIM**-0.5, window=_UNBOUNDED, softcap=0.0, splits=splits,
+            out, writes=True, scaling=_DIM**-0.5, window=None, softcap=0.0, splits=splits,
         )  # fmt: skip
 
     return attend
 
 
-def _chunk(heads: Heads, prompts: int, tokens: int, ceilings: Ceilings) -> ChunkRow:
-    pages = _pages(heads, prompts, tokens)
+def _chunk(heads: Heads, prompts: int, tokens: int, before: int, ceilings: Ceilings) -> ChunkRow:
+    pages = _pages(heads, prompts, before + tokens)
     rows = prompts * tokens
-    query = torch.randn(rows, heads.query, _DIM, dtype=torch.bfloat16, device="cuda")
+    query, key, value = (
+        torch.randn(rows, count, _DIM, dtype=torch.bfloat16, device="cuda")
+        for count in (heads.query, heads.kv, heads.kv)
+    )
     starts = torch.arange(prompts + 1, dtype=torch.int32, device="cuda") * tokens
     numbers = torch.arange(prompts, dtype=torch.int32, device="cuda")
-    tables, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, tokens)
+    tables, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, before + tokens)
     out = torch.empty_like(query)
 
     def attend(layer: int) -> None:
         kernels.attend_chunks(
-            query, *pages.layer(layer), pages.tables, tables, numbers, starts, lengths, out,
-            longest=tokens, scaling=_DIM**-0.5, window=_UNBOUNDED, softcap=0.0,
+            query, key, value, *pages.layer(layer),
+            pages.tables, tables, numbers, starts, lengths, out,
+            longest=tokens, scaling=_DIM**-0.5, window=None, softcap=0.0,
         )  # fmt: skip
 
-    operations = 4 * heads.query * _DIM * prompts * tokens * (tokens + 1) / 2
-    seconds = _time(attend, pages) / 1e6
-    theirs = _flashinfer_chunk(query, heads, pages)
+    operations = 4 * heads.query * _DIM * prompts * tokens * (before + (tokens + 1) / 2)
+    theirs = _flashinfer_chunk(query, heads, pages, tokens)
     return ChunkRow(
         heads=str(heads),
         prompts=prompts,
         tokens=tokens,
-        ours=operations / seconds,
+        before=before,
+        ours=operations / _time(attend, pages) * 1e6,
         ceiling=ceilings.operations_per_second,
-        flashinfer=theirs and operations / (theirs / 1e6),
+        torch={
+            kind.name: operations / _torch_chunk(query, key, value, prompts, kind) * 1e6
+            for kind in _TORCH
+            if before == 0
+        },
+        flashinfer=theirs and operations / theirs * 1e6,
     )
 
 
@@ -211,7 +239,23 @@ def _time(work: Callable[[int], object], pages: Pages) -> float:
     return graph_seconds(work, pages.layers, _REPEATS) * 1e6
 
 
-# The peer.
+def _repeated(work: Callable[[int], object]) -> float:
+    """Return the median microseconds of `work` on the same data."""
+    return graph_seconds(work, 4, _REPEATS) * 1e6
+
+
+# The peers.
+
+
+def _torch_chunk(
+    query: Tensor, key: Tensor, value: Tensor, prompts: int, kind: SDPBackend
+) -> float:
+    """Return microseconds of one of torch's kernels on whole prompts."""
+    q, k, v = (x.view(prompts, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(kind):
+        return _repeated(
+            lambda _: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        )
 
 
 def _flashinfer_decode(query: Tensor, heads: Heads, pages: Pages) -> tuple[float, float] | None:
@@ -228,12 +272,12 @@ def _flashinfer_decode(query: Tensor, heads: Heads, pages: Pages) -> tuple[float
     return min(_planned(kind, plan, query, pages) for kind in kinds)
 
 
-def _flashinfer_chunk(query: Tensor, heads: Heads, pages: Pages) -> float | None:
-    """Return microseconds of FlashInfer's kernel for whole prompts."""
+def _flashinfer_chunk(query: Tensor, heads: Heads, pages: Pages, tokens: int) -> float | None:
+    """Return microseconds of FlashInfer's kernel for prompts, of which `tokens` are new."""
     if find_spec("flashinfer") is None:
         return None
     sequences = len(pages.tables)
-    starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * pages.context
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * tokens
 
     def plan(wrapper: Any) -> None:
         sizes = heads.query, heads.kv, _DIM, _PAGE
@@ -299,13 +343,24 @@ def _decode_table(rows: list[DecodeRow]) -> Table:
 
 
 def _chunk_table(rows: list[ChunkRow]) -> Table:
-    table = Table(title="whole prompts, TFLOP/s")
-    for name in ("heads", "prompts", "tokens", "ours", "matrix rate", "FlashInfer"):
+    table = Table(title="prompts, TFLOP/s")
+    kinds = [kind.name for kind in _TORCH]
+    for name in ("heads", "prompts", "tokens", "before", "ours", "matrix rate", *kinds):
         table.add_column(name, justify="right")
+    table.add_column("FlashInfer", justify="right")
     for row in rows:
         peer = f"{row.flashinfer / 1e12:.0f}" if row.flashinfer else "-"
-        ours, ceiling = f"{row.ours / 1e12:.0f}", f"{row.ceiling / 1e12:.0f}"
-        table.add_row(row.heads, str(row.prompts), str(row.tokens), ours, ceiling, peer)
+        torchs = [f"{row.torch[k] / 1e12:.0f}" if k in row.torch else "-" for k in kinds]
+        table.add_row(
+            row.heads,
+            str(row.prompts),
+            str(row.tokens),
+            str(row.before),
+            f"{row.ours / 1e12:.0f}",
+            f"{row.ceiling / 1e12:.0f}",
+            *torchs,
+            peer,
+        )
     return table
 
 

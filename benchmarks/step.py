@@ -230,7 +230,7 @@ def main(
         sweep = Sweep(
             batches=_numbers(batch),
             contexts=_numbers(context),
-            prefills=_prefills(prefills),
+            prefills=parse_prefills(prefills),
             steps=steps,
             repeats=repeats,
             load=Load(*_parts(_LOAD, load)) if peers else None,
@@ -435,7 +435,12 @@ def _numbers(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _prefills(text: str) -> tuple[tuple[int, int], ...]:
+def parse_prefills(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the prompts and the tokens of each that a text like 1x2048,32x2048 names.
+
+    Raises:
+        ValueError: it is something else.
+    """
     pairs = [_parts(_PREFILL, part) for part in text.split(",") if part]
     return tuple((prompts, tokens) for prompts, tokens in pairs)
 

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_UNBOUNDED = 1 << 30
+"""A window that sees everything."""
 
 
 @triton.jit
@@ -160,58 +162,121 @@ def _reduce(
 
 
 @triton.jit
+def _fold(
+    acc, total, highest, q, keys, values, table, begin, end, limit, asks,
+    key_row, value_row, page_stride, factor, scaling, softcap, window,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take the tokens from begin to end into a running softmax (online, as in FlashAttention).
+
+    Where it is not MASKED, all rows see all of them; else those before `limit` that lie in a row's
+    window and not behind it. `asks` numbers the rows like the tokens.
+    """
+    dim = tl.arange(0, DIM_PADDED)
+    for at in range(begin, end, BLOCK):
+        token = at + tl.arange(0, BLOCK)
+        exists = token < limit if MASKED else token >= 0
+        inside = exists[:, None] & (dim < DIM)[None, :]
+        if PAGED:
+            page = tl.load(table + token // TOKENS, exists, 0).to(tl.int64) * page_stride
+            key_at = page + (token % TOKENS) * key_row
+            value_at = page + (token % TOKENS) * value_row
+        else:
+            key_at, value_at = token * key_row, token * value_row
+        if MASKED or DIM != DIM_PADDED:
+            k = tl.load(keys + key_at[:, None] + dim[None, :], inside, 0.0)
+        else:
+            k = tl.load(keys + key_at[:, None] + dim[None, :])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            scores = _capped(scores * scaling, softcap, CAPPED)
+        if MASKED:
+            behind = asks[:, None] - token[None, :]
+            seen = (behind >= 0) & (behind < window) & exists[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        risen = tl.maximum(highest, tl.max(scores, 1) * factor)
+        fade = tl.exp2(highest - risen)
+        p = tl.exp2(scores * factor - risen[:, None])
+        if MASKED or DIM != DIM_PADDED:
+            v = tl.load(values + value_at[:, None] + dim[None, :], inside, 0.0)
+        else:
+            v = tl.load(values + value_at[:, None] + dim[None, :])
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(p, 1)
+        highest = risen
+    return acc, total, highest
+
+
+@triton.jit
 def _chunk(
-    query, keys, values, pages, table_starts, sequences, starts, lengths, out,
-    query_row, query_head, out_row, page_stride,
+    query, key, value, keys, values, pages, table_starts, sequences, starts, lengths, out,
+    query_row, query_head, key_row, key_head, value_row, value_head, out_row, page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one sequence and head over the tokens they may see."""
+    """One program: ROWS rows of one sequence and head over the tokens they may see: those before
+    the chunk, from pages, then those of the chunk, from the step's rows, which lie together."""
+    head, kv_head = tl.program_id(0), tl.program_id(0) // GROUP
     sequence = tl.load(sequences + tl.program_id(2))
-    head = tl.program_id(1)
     start = tl.load(starts + sequence)
     count = tl.load(starts + sequence + 1) - start
-    # The last rows see the most tokens: they go first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    if tile * ROWS >= count:
+    # The last rows see the most tokens: they go first. Neighbours in time are heads of one tile,
+    # which read the same tokens.
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    if first >= count:
         return
     table = pages + tl.load(table_starts + sequence)
-    length = tl.load(lengths + sequence)
-    local = tile * ROWS + tl.arange(0, ROWS)
-    position = length - count + local
+    before = tl.load(lengths + sequence) - count
+    local = first + tl.arange(0, ROWS)
     dim = tl.arange(0, DIM_PADDED)
     valid = (local < count)[:, None] & (dim < DIM)[None, :]
     at_row = (start + local)[:, None]
     q = tl.load(query + at_row * query_row + head * query_head + dim[None, :], valid, 0.0)
 
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    # Finite: rows that see nothing yet must not become nan.
+    highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
-    lowest = length - count + tile * ROWS
-    first = tl.maximum(lowest - window + 1, 0) // BLOCK * BLOCK
-    end = tl.minimum(lowest + ROWS, length)
-    for at in range(first, end, BLOCK):
-        token = at + tl.arange(0, BLOCK)
-        exists = token < end
-        page = tl.load(table + token // TOKENS, exists, 0).to(tl.int64)
-        place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + (head // GROUP) * DIM
-        inside = exists[:, None] & (dim < DIM)[None, :]
-        k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        scores = _capped(scores, softcap, CAPPED)
-        behind = position[:, None] - token[None, :]
-        seen = (behind >= 0) & (behind < window) & exists[None, :]
-        scores = tl.where(seen, scores * _LOG2E, float("-inf"))
-        risen = tl.maximum(highest, tl.max(scores, 1))
-        floor = tl.where(risen == float("-inf"), 0.0, risen)  # rows that see nothing yet
-        fade = tl.exp2(highest - floor)
-        p = tl.exp2(scores - floor[:, None])
-        v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * fade + tl.sum(p, 1)
-        highest = risen
+    factor = scaling * _LOG2E
+    if CAPPED:
+        factor = _LOG2E
+    # In each part, whole blocks that all rows see come first, if nothing limits how far back.
+    in_pages, in_chunk, seen_by_all = 0, 0, before // BLOCK * BLOCK
+    own_by_all = (first + 1) // BLOCK * BLOCK
+    if WINDOWED:
+        in_pages = tl.maximum(before + first - window + 1, 0) // BLOCK * BLOCK
+        in_chunk = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
+        seen_by_all, own_by_all = in_pages, in_chunk
+    keys, values = keys + kv_head * DIM, values + kv_head * DIM
+    key += start * key_row + kv_head * key_head
+    value += start * value_row + kv_head * value_head
+    width = KV_HEADS * DIM
+    if not WINDOWED:
+        acc, total, highest = _fold(
+            acc, total, highest, q, keys, values, table, in_pages, seen_by_all, before,
+            before + local, width, width, page_stride, factor, scaling, softcap, window,
+            TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, False,
+        )  # fmt: skip
+    acc, total, highest = _fold(
+        acc, total, highest, q, keys, values, table, seen_by_all, before, before,
+        before + local, width, width, page_stride, factor, scaling, softcap, window,
+        TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, True,
+    )  # fmt: skip
+    if not WINDOWED:
+        acc, total, highest = _fold(
+            acc, total, highest, q, key, value, table, in_chunk, own_by_all, count,
+            local, key_row, value_row, page_stride, factor, scaling, softcap, window,
+            TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, False,
+        )  # fmt: skip
+    end = tl.minimum(first + ROWS, count)
+    acc, total, highest = _fold(
+        acc, total, highest, q, key, value, table, own_by_all, end, count,
+        local, key_row, value_row, page_stride, factor, scaling, softcap, window,
+        TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, True,
+    )  # fmt: skip
     joined = acc / tl.where(total > 0, total, 1.0)[:, None]
     target = out + at_row * out_row + head * DIM + dim[None, :]
     tl.store(target, joined.to(out.dtype.element_ty), valid)
@@ -266,7 +331,7 @@ def decode(
     *,
     writes: bool,
     scaling: float,
-    window: int,
+    window: int | None,
     softcap: float,
     splits: int,
 ) -> None:
@@ -290,7 +355,7 @@ def decode(
         partial, weights, out,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
-        scaling, softcap, window,
+        scaling, softcap, _UNBOUNDED if window is None else window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
         dim, padded_dim, tiling.block, splits, softcap > 0, writes,
         num_warps=4, num_stages=tiling.stages,
@@ -312,6 +377,8 @@ def decode(
 
 def attend_chunks(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     keys: Tensor,
     values: Tensor,
     pages: Tensor,
@@ -323,22 +390,26 @@ def attend_chunks(
     *,
     longest: int,
     scaling: float,
-    window: int,
+    window: int | None,
     softcap: float,
 ) -> None:
     """Attend the rows of `sequences` [chunks], of which the longest has `longest` rows.
 
-    query and out are [rows, heads, dim]; starts [all sequences + 1], lengths and table_starts
-    [all sequences], all int32 on the device.
+    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim], the step's own; what
+    lies before a chunk is read from pages. starts [all sequences + 1], lengths and table_starts
+    [all sequences] are all int32 on the device.
     """
     heads, dim = query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
-    rows = 128 if longest > 64 else 64
-    _chunk[(triton.cdiv(longest, rows), heads, len(sequences))](
-        query, keys, values, pages, table_starts, sequences, starts, lengths, out,
-        query.stride(0), query.stride(1), out.stride(0), keys.stride(0),
-        scaling, softcap, window,
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    # Wide heads leave registers and shared memory for half as many rows.
+    rows = 128 if longest > 64 and padded_dim <= 128 else 64
+    _chunk[(heads, triton.cdiv(longest, rows), len(sequences))](
+        query, key, value, keys, values, pages, table_starts, sequences, starts, lengths, out,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
+        scaling, softcap, _UNBOUNDED if window is None else window,
         keys.shape[1], kv_heads, heads // kv_heads,
-        dim, max(16, triton.next_power_of_2(dim)), rows, 64, softcap > 0,
-        num_warps=8 if rows == 128 else 4, num_stages=3,
+        dim, padded_dim, rows, 64, softcap > 0, window is not None,
+        num_warps=8 if rows == 128 else 4, num_stages=3 if padded_dim <= 128 else 2,
     )  # fmt: skip

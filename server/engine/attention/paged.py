@@ -22,8 +22,6 @@ from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
 from server.engine.transfer import upload_together
 
-_UNBOUNDED = 1 << 30
-"""A window that sees everything."""
 _MOST_SPLITS = 32
 _SPLIT_TOKENS = 64
 _OVERHEAD_TOKENS = 64
@@ -97,8 +95,7 @@ class PagedBackend:
         if step.chunks is not None:
             write_pages(key, value, keys, values, step.slots)
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        window = form.sliding_window or _UNBOUNDED
-        softcap = form.softcap or 0.0
+        window, softcap = form.sliding_window, form.softcap or 0.0
         if (single := step.singles) is not None:
             decode(
                 rows, key, value, keys, values,
@@ -108,7 +105,7 @@ class PagedBackend:
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
             attend_chunks(
-                rows, keys, values,
+                rows, key, value, keys, values,
                 step.pages, chunk.table_starts, chunk.sequences, chunk.starts, chunk.lengths, out,
                 longest=chunk.longest, scaling=form.scaling, window=window, softcap=softcap,
             )  # fmt: skip
