@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.virtualized import V
 from transformers import PreTrainedModel
 
 from server.engine import linear
 
 _MOST_FORMS = 64
 """Compiled forms of a layer: every way of attending, one row or many, each kind of layer."""
+
+_WIDEST_ROW = 16384
+"""Numbers that a program holds in registers."""
 
 _aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
@@ -59,6 +65,18 @@ class Products(CustomGraphPass):
         return get_hash_for_files((__file__, linear.__file__))
 
 
+class _Choices(InductorChoices):
+    """A norm keeps its row in registers, instead of reading it once for the sum and once more."""
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        if features.get_reduction_hint() == ReductionHint.INNER and not cooperative_reduction:
+            width = features.reduction_numel
+            if width.is_number and int(width) <= _WIDEST_ROW:
+                return True
+        return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile a wrapped model's decoder layers and its last norm, at their first use.
 
@@ -68,13 +86,23 @@ def compile_layers(model: PreTrainedModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
     # One object for all layers: they share what is compiled if their options are equal.
     options = {"post_grad_custom_pre_pass": Products(), "combo_kernels": True}
+    V.set_choices_handler(_Choices())
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     for layer in decoder.layers:
         layer.compile(dynamic=True, options=options)
     decoder.norm.compile(dynamic=True, options=options)
+    if not _looks_at_lengths(rotary := decoder.rotary_emb):
+        rotary.compile(dynamic=True)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is nn.Linear:  # torch compiles none that stands alone
         model.set_output_embeddings(_Head(head))  # type: ignore[no-untyped-call]
+
+
+def _looks_at_lengths(rotary: nn.Module) -> bool:
+    """Return whether rotary embeddings change with the longest sequence: no graph holds that."""
+    kinds = getattr(rotary, "rope_type", "")
+    every = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any("dynamic" in kind or kind == "longrope" for kind in every)
 
 
 class _Head(nn.Module):

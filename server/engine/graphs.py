@@ -81,6 +81,9 @@ class DecodeGraphs:
         size = vectors * (places + 4) + TABLE_ENTRIES
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
         self._recorder = _Recorder(device)
+        # A handful of small kernels, if it is not compiled.
+        compiles = device.type == "cuda"
+        self._known = torch.compile(known_tokens, dynamic=True) if compiles else known_tokens
         self._recorded: dict[Shape, _Recorded] = {}
 
     @torch.inference_mode()
@@ -134,7 +137,7 @@ class DecodeGraphs:
         def step() -> None:
             self._backend.bind(bound)
             inputs = layout.vectors(self._inputs)
-            ids = known_tokens(inputs.token_ids, inputs.sources, self.last_tokens)
+            ids = self._known(inputs.token_ids, inputs.sources, self.last_tokens)
             output = self._model(
                 ids[None],
                 position_ids=inputs.positions[None].long(),

@@ -15,6 +15,8 @@ layers call these as opaque operators (compiling.py puts them in the place of to
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,9 @@ _WIDE = 8192
 """Outputs."""
 _TILE = (64, 128)
 """Outputs and inputs of a program's step, of each half where there are two."""
-_STAGES, _GATED_STAGES = 6, 3
-"""Tiles on their way from memory at once."""
+_STAGES, _STAGES_OF_NARROW, _GATED_STAGES = 4, 8, 3
+"""Tiles on their way from memory at once. Narrow weights have fewer programs than there are
+multiprocessors, so each has one to itself; gated ones take two tiles a step."""
 _FEWEST_OUTPUTS = 2048
 """Narrower weights give too few programs to fill a device."""
 
@@ -136,10 +139,28 @@ def _multiply(x: Tensor, weight: Tensor, added: Tensor | None, *, gated: bool) -
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     more = y if added is None else added.expand(rows, outputs)
+    padded = max(16, triton.next_power_of_2(rows))
     _few_rows[(triton.cdiv(outputs, _TILE[0]),)](
         x, weight, more, y, rows, outputs, inputs,
         x.stride(0), weight.stride(0), more.stride(0), y.stride(0),
-        max(16, triton.next_power_of_2(rows)), *_TILE, added is not None, gated,
-        num_warps=4, num_stages=_GATED_STAGES if gated else _STAGES,
+        padded, *_TILE, added is not None, gated,
+        num_warps=4, num_stages=_stages(x.device, outputs, padded, x.dtype.itemsize, gated),
     )  # fmt: skip
     return y
+
+
+def _stages(device: torch.device, outputs: int, rows: int, itemsize: int, gated: bool) -> int:
+    """Return how many steps' tiles are on their way at once: as many as there is room for."""
+    outputs_at_once = 2 * _TILE[0] if gated else _TILE[0]
+    step_bytes = (outputs_at_once + rows) * _TILE[1] * itemsize
+    wanted = _STAGES_OF_NARROW if outputs < _WIDE else _STAGES
+    return max(2, min(_GATED_STAGES if gated else wanted, _shared_memory(device) // step_bytes))
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes that one program may take."""
+    if device.type != "cuda":
+        return 227 << 10  # the kernels are interpreted, as on an H100
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

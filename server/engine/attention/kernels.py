@@ -309,11 +309,11 @@ class DecodeTiling:
 
 
 def decode_tiling(heads: int, kv_heads: int, dim: int) -> DecodeTiling:
-    """Return what benchmarks/attention.py found best: long blocks where heads share keys, if a
-    multiprocessor has room for them."""
-    if heads == kv_heads:
-        return DecodeTiling(64, 3, 3)
-    return DecodeTiling(128, 2, 2) if dim <= 128 else DecodeTiling(64, 3, 2)
+    """Return what benchmarks/attention.py found best: long blocks, if a multiprocessor has room for
+    them; where heads share keys their queries take more of it."""
+    if dim > 128:
+        return DecodeTiling(64, 3, 2)
+    return DecodeTiling(128, 2, 3 if heads == kv_heads else 2)
 
 
 def decode(
