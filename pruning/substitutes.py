@@ -90,6 +90,14 @@ class LinearSubstitute(nn.Module):
             normed = functional.linear(normed, self.down)
         return functional.linear(normed, self.weight, self.bias)
 
+    def copied(self, device: torch.device, dtype: torch.dtype) -> LinearSubstitute:
+        """Return a copy of its own, without gradients."""
+        parts = {
+            name: part.detach().to(device, dtype, copy=True)
+            for name, part in self.named_parameters()
+        }
+        return LinearSubstitute(**parts)
+
 
 class Moments:
     """Sums over pairs of normed inputs and outputs, in float64, from which a map is solved."""
