@@ -36,7 +36,7 @@ _LAST_RATE = 0.01
 """What is left of the rate at the end."""
 _LONGEST_GRADIENT = 1.0
 _BETAS = (0.9, 0.99)
-_PATIENCE = 10
+_PATIENCE = 20
 """Judgements in a row without a better one that end training."""
 _SAVE_AT_MOST = 0.05
 """The share of the time that writing checkpoints may take."""
@@ -176,14 +176,15 @@ class Distillation:
         Raises:
             HealError: training went astray.
         """
-        while not self._is_over():
+        over = self._done() >= 1
+        while not over and self._state.since_best < _PATIENCE:
             self._step()
-            if self._state.step % self._training.judge_every == 0 or self._done() >= 1:
+            over = self._done() >= 1
+            if over or self._state.step % self._training.judge_every == 0:
                 self._judge()
+        if self._state.step:
+            self._save()
         return self._result()
-
-    def _is_over(self) -> bool:
-        return self._done() >= 1 or self._state.since_best >= _PATIENCE
 
     def _done(self) -> float:
         return self._training.done(self._state.step, self._elapsed())
@@ -198,8 +199,8 @@ class Distillation:
         with self._precision():
             full = self._twin.full(batch.token_ids)
             pruned = self._twin.pruned(full, self._masters)
-            seen = pruned.flatten(0, 1)[batch.where]
-            last = full.last.flatten(0, 1)[batch.where]
+            seen = pruned.flatten(0, 1).index_select(0, batch.where)
+            last = full.last.flatten(0, 1).index_select(0, batch.where)
             _, gradient = self._loss.gradient(last, seen.detach(), batch.weights)
         seen.backward(gradient)  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parts.values(), _LONGEST_GRADIENT)
@@ -214,8 +215,7 @@ class Distillation:
     def _judge(self) -> None:
         self._state = self._judged(self._state)
         self._report()
-        spent = self._saving / max(self._elapsed(), 1e-9)
-        if spent <= _SAVE_AT_MOST:
+        if self._saving <= _SAVE_AT_MOST * self._elapsed():
             self._save()
 
     def _judged(self, state: State) -> State:

@@ -68,6 +68,8 @@ class Healing:
     fitted: Mapping[str, Quality]
     """On the held-out part of each source, before training."""
     distilled: Distilled
+    checkpoint: Checkpoint
+    """To be removed when the plan is written."""
 
 
 class Healer:
@@ -125,9 +127,12 @@ class Healer:
         healed = self._all(distilled.substitutes, kind)
         record = self._record(request, kind, healed, sources, held_out, before, distilled)
         baseline, qualities = self._judged(plan, healed, request, sources, judging)
-        checkpoint.remove()
         return Healing(
-            plan.healed(record, baseline, qualities), healed, distillation.started, distilled
+            plan.healed(record, baseline, qualities),
+            healed,
+            distillation.started,
+            distilled,
+            checkpoint,
         )
 
     def _kind(self, request: HealRequest) -> SubstituteKind:

@@ -5,6 +5,8 @@ The table goes to stdout, progress and errors to stderr. Knows the options; heal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +101,7 @@ def heal_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Recover what a plan's drop costs: fit and train what stands in dropped layers' places."""
-    with user_errors():
+    with user_errors(), _interruptible():
         found, substitutes = read_with_substitutes(plan)
         fitted_kind = None if kind is None else parse_substitutes(kind)
         if kind is not None and fitted_kind is None:
@@ -136,7 +138,18 @@ def heal_command(
             healer = Healer(base, found, substitutes, cache_folder() / "heal", progress)
             healing = healer.heal(request, plan_cache().calibration_of(found))
         write_plan(output, healing.plan, healing.substitutes)
+        healing.checkpoint.remove()
     _print(healing, output)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from interrupt
 
 
 def _depth(drop: str, base: BaseModel, most: int) -> int:
