@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class _Numbers:
     since_best: int
     latest_kl: float
     best_kl: float
+    usual_gradient: float | None
     qualities: dict[str, Quality]
 
 
@@ -61,6 +62,8 @@ class State:
     latest_kl: float
     """Mean over sources, on the held-out rows."""
     best_kl: float
+    usual_gradient: Tensor | None
+    """Length of the gradients of the last steps, on the device; None before the first."""
     best_qualities: Mapping[str, Quality]
     best: dict[str, Tensor]
     """The weights of the best step, by name."""
@@ -69,7 +72,7 @@ class State:
     def new(cls, parts: Mapping[str, nn.Parameter]) -> State:
         """Return the state before the first step."""
         infinite = float("inf")
-        return cls(0, 0, 0.0, 0, 0, infinite, infinite, {}, _copies(parts))
+        return cls(0, 0, 0.0, 0, 0, infinite, infinite, None, {}, _copies(parts))
 
     def note(
         self, kl: float, qualities: Mapping[str, Quality], parts: Mapping[str, nn.Parameter]
@@ -111,6 +114,7 @@ class Checkpoint:
             state.since_best,
             state.latest_kl,
             state.best_kl,
+            None if state.usual_gradient is None else float(state.usual_gradient),
             dict(state.best_qualities),
         )
         content = save(
@@ -166,8 +170,20 @@ class Checkpoint:
         content = optimizer.state_dict()
         content["state"] = dict(enumerate(moments))
         optimizer.load_state_dict(content)
-        values = {name: value for name, value in asdict(numbers).items() if name != "qualities"}
-        return State(**values, best_qualities=numbers.qualities, best=best)
+        usual = numbers.usual_gradient
+        device = next(iter(best.values())).device
+        return State(
+            numbers.step,
+            numbers.tokens,
+            numbers.seconds,
+            numbers.best_step,
+            numbers.since_best,
+            numbers.latest_kl,
+            numbers.best_kl,
+            None if usual is None else torch.tensor(usual, device=device),
+            numbers.qualities,
+            best,
+        )
 
 
 def _copies(parts: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ the substitutes against the gradient of KL(full || pruned) (AdamW; the rate rise
 cosine). Every so many steps the held-out rows are judged; the best weights seen are the result, and
 training ends early where it has not got better for long.
 
-The weights of the base model are read, never written. What is trained are float32 copies; on a GPU
+The weights of the base model are read, never written. What is trained is in float32; on a GPU
 products are computed in bfloat16. A run that was broken off goes on from its checkpoint.
 """
 
@@ -23,6 +23,7 @@ from torch import nn
 from pruning.batches import Batches
 from pruning.calibration import Progress
 from pruning.checkpoint import Checkpoint, State
+from pruning.coordinates import Trainee
 from pruning.divergence import DivergenceError, Quality
 from pruning.held_out import HeldOut, mean_kl
 from pruning.loading import BaseModel
@@ -34,7 +35,10 @@ _WARM_UP = 0.05
 """The share of training in which the rate rises."""
 _LAST_RATE = 0.01
 """What is left of the rate at the end."""
-_LONGEST_GRADIENT = 1.0
+_LONGEST_GRADIENT = 3.0
+"""As a multiple of the usual one: an odd batch does not turn everything."""
+_USUAL_OVER = 20
+"""Steps that say what is usual."""
 _BETAS = (0.9, 0.99)
 _PATIENCE = 20
 """Judgements in a row without a better one that end training."""
@@ -111,12 +115,12 @@ class Distilled:
     seconds: float
 
 
-def trainable(substitutes: Mapping[int, LinearSubstitute]) -> dict[str, nn.Parameter]:
-    """Return all that is trained, by name: another kind of part would be added here, and to what
+def trainable(trainees: Mapping[int, Trainee]) -> dict[str, nn.Parameter]:
+    """Return all that is trained, by name. Another kind of part would be added here, and to what
     `Twin.pruned` is given."""
     return {
         f"layers.{layer}.{name}": part
-        for layer, each in sorted(substitutes.items())
+        for layer, each in sorted(trainees.items())
         for name, part in each.named_parameters()
     }
 
@@ -128,14 +132,14 @@ class Distillation:
         self,
         base: BaseModel,
         twin: Twin,
-        start: Mapping[int, LinearSubstitute],
+        trainees: Mapping[int, Trainee],
         batches: Batches,
         held_out: HeldOut,
         training: Training,
         checkpoint: Checkpoint,
         progress: Progress,
     ) -> None:
-        """start holds the substitutes to begin with, one for each dropped layer of `twin`.
+        """There is one trainee for each dropped layer of `twin`.
 
         Raises:
             HealError: the model's dtype cannot be trained through.
@@ -151,11 +155,8 @@ class Distillation:
         self._checkpoint = checkpoint
         self._progress = progress
         self._loss = DivergenceLoss(base)
-        self._masters = {
-            layer: each.copied(base.device, torch.float32).requires_grad_(True)
-            for layer, each in start.items()
-        }
-        self._parts = trainable(self._masters)
+        self._trainees = trainees
+        self._parts = trainable(trainees)
         self._optimizer = torch.optim.AdamW(
             self._parts.values(),
             lr=training.learning_rate,
@@ -198,12 +199,12 @@ class Distillation:
         batch = self._batches.at(state.step).on(self._base.device)
         with self._precision():
             full = self._twin.full(batch.token_ids)
-            pruned = self._twin.pruned(full, self._masters)
+            pruned = self._twin.pruned(full, self._trainees)
             seen = pruned.flatten(0, 1).index_select(0, batch.where)
             last = full.last.flatten(0, 1).index_select(0, batch.where)
             _, gradient = self._loss.gradient(last, seen.detach(), batch.weights)
         seen.backward(gradient)  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._parts.values(), _LONGEST_GRADIENT)
+        self._clip()
         for group in self._optimizer.param_groups:
             group["lr"] = self._training.rate(self._done())
         self._optimizer.step()
@@ -211,6 +212,19 @@ class Distillation:
         state.step += 1
         state.tokens += len(batch.where)
         self._report()
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Shorten a gradient that is much longer than usual. The device is not waited for."""
+        gradients = [part.grad for part in self._parts.values() if part.grad is not None]
+        length = nn.utils.get_total_norm(gradients).clamp(min=torch.finfo(torch.float32).tiny)
+        usual = self._state.usual_gradient
+        if usual is None:
+            self._state.usual_gradient = length
+            return
+        share = (_LONGEST_GRADIENT * usual / length).clamp(max=1.0)
+        torch._foreach_mul_(gradients, share)
+        self._state.usual_gradient = usual + (length * share - usual) / _USUAL_OVER
 
     def _judge(self) -> None:
         self._state = self._judged(self._state)
@@ -220,12 +234,8 @@ class Distillation:
 
     def _judged(self, state: State) -> State:
         """Look at the held-out rows, and keep the weights if they are the best."""
-        served = {
-            layer: each.copied(self._base.device, self._base.model.dtype)
-            for layer, each in self._masters.items()
-        }
         try:
-            qualities = self._held_out.qualities(served)
+            qualities = self._held_out.qualities(self._folded())
         except DivergenceError as error:
             if state.step == 0:
                 raise
@@ -235,6 +245,11 @@ class Distillation:
             ) from error
         state.note(mean_kl(qualities), qualities, self._parts)
         return state
+
+    def _folded(self) -> dict[int, LinearSubstitute]:
+        """Return the substitutes as they are now and would be served."""
+        dtype = self._base.model.dtype
+        return {layer: each.folded(dtype) for layer, each in self._trainees.items()}
 
     def _save(self) -> None:
         before = time.monotonic()
@@ -267,10 +282,7 @@ class Distillation:
             for name, part in self._parts.items():
                 part.copy_(state.best[name])
         return Distilled(
-            substitutes={
-                layer: each.copied(self._base.device, self._base.model.dtype)
-                for layer, each in self._masters.items()
-            },
+            substitutes=self._folded(),
             qualities=state.best_qualities,
             best_step=state.best_step,
             steps=state.step,

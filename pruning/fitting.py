@@ -4,7 +4,8 @@ Each map is fitted with everything before it dropped and substituted already: it
 be given. So the residual stream of all tokens is held once, where the sweep stands, and not for
 every layer. (greedy selection fits in the order of its ranking instead, since its set grows.)
 
-Knows the order and the memory; the map itself is solved in substitutes.py.
+Knows the order and the memory; the map itself is solved in substitutes.py. The same sweep measures
+the inputs of substitutes that are there already.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from pruning.attention import CausalAttention
 from pruning.calibration import Progress, silent
+from pruning.coordinates import InputStatistics
 from pruning.corpus import Rows
 from pruning.loading import BaseModel
-from pruning.substitutes import LinearSubstitute, SubstituteKind, fit_linear
+from pruning.substitutes import LinearSubstitute, Moments, SubstituteKind, fit_linear
 from pruning.twin import Twin
 
 _BATCH = 8
@@ -49,6 +51,27 @@ def fit_in_order(
     return found
 
 
+@torch.inference_mode()
+def input_statistics(
+    base: BaseModel,
+    rows: Sequence[Rows],
+    substitutes: Mapping[int, LinearSubstitute],
+    progress: Progress = silent,
+) -> dict[int, InputStatistics]:
+    """Return what the normed inputs of all these layers are like when they are all dropped and
+    substituted."""
+    sweep = _Sweep(base, rows, substitutes, progress)
+    found = {}
+    for layer in sorted(substitutes):
+        sweep.advance(layer, substitutes)
+        moments = Moments(sweep.width, base.device)
+        for normed, output in sweep.pairs(layer):
+            moments.add(normed, output)
+        covariance, _ = moments.covariances()
+        found[layer] = InputStatistics(moments.sums[0] / moments.count, covariance)
+    return found
+
+
 class _Sweep:
     """All sequences' residual streams before one layer."""
 
@@ -70,6 +93,10 @@ class _Sweep:
             self._entering.append(found.entering)
             self._embeddings = found.embeddings  # those of one sequence, the same for all
             progress("running the full model", done, len(self._batches))
+
+    @property
+    def width(self) -> int:
+        return self._entering[0].shape[-1]
 
     def advance(self, layer: int, substitutes: Mapping[int, LinearSubstitute]) -> None:
         """Go on until before `layer`."""

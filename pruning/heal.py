@@ -18,10 +18,11 @@ import torch
 from pruning.batches import Batches
 from pruning.calibration import SELF, CalibrationSet, Progress, silent
 from pruning.checkpoint import Checkpoint
+from pruning.coordinates import Trainee
 from pruning.corpus import CorpusRequest, Rows, Source, make_corpus
 from pruning.distil import Distillation, Distilled, HealError, Training
 from pruning.divergence import Baseline, Quality
-from pruning.fitting import fit_in_order
+from pruning.fitting import fit_in_order, input_statistics
 from pruning.held_out import HeldOut
 from pruning.loading import BaseModel
 from pruning.plan import Healed, HealedOn, Plan, SubstitutesRecord, digest, dtype_name
@@ -38,6 +39,8 @@ from pruning.twin import Twin
 
 logger = logging.getLogger(__name__)
 
+_TOKENS_A_DIMENSION = 16
+"""How many tokens, per number of the residual stream, say what substitutes' inputs are like."""
 _FULL_RANK = SubstituteKind(None)
 
 
@@ -110,11 +113,12 @@ class Healer:
         held_out = HeldOut(self._base, twin, sources)
         before = held_out.qualities(self._standing(twin.dropped))
         start = self._start(request, sources, twin.dropped, kind)
+        trainees = self._trainees(start, sources)
         checkpoint = Checkpoint(self._checkpoint_path(request, sources, kind))
         distillation = Distillation(
             self._base,
             twin,
-            start,
+            trainees,
             Batches(
                 [each.training for each in sources], request.training.batch, request.training.seed
             ),
@@ -198,6 +202,15 @@ class Healer:
         except OSError as error:
             raise HealError(f"cannot write {path}: {error.strerror}") from error
         return fitted
+
+    def _trainees(
+        self, start: Mapping[int, LinearSubstitute], sources: Sequence[Source]
+    ) -> dict[int, Trainee]:
+        """Return what is trained: the substitutes in the coordinates of their inputs."""
+        width = int(self._base.model.config.get_text_config().hidden_size)
+        rows = _some([each.training for each in sources], _TOKENS_A_DIMENSION * width)
+        inputs = input_statistics(self._base, rows, start, self._progress)
+        return {layer: Trainee(each, inputs[layer]) for layer, each in start.items()}
 
     def _fit_name(
         self,

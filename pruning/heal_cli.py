@@ -35,7 +35,7 @@ from pruning.plan import PlanError, parse_drop, read_with_substitutes, substitut
 from pruning.substitutes import parse_substitutes
 
 DEFAULT_MINUTES = 5.0
-DEFAULT_RATE = 3e-4
+DEFAULT_RATE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,9 @@ def heal_command(
     steps: Annotated[
         int | None, typer.Option(help="How many steps to train instead; 0 fits only.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest one.")] = DEFAULT_RATE,
+    learning_rate: Annotated[
+        float, typer.Option(help="The highest one, as a share of what each output varies by.")
+    ] = DEFAULT_RATE,
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     judge_every: Annotated[

@@ -12,10 +12,12 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from pruning.batches import Batches
+from pruning.calibration import silent
 from pruning.checkpoint import Checkpoint
+from pruning.coordinates import Trainee
 from pruning.corpus import Rows, Source
 from pruning.distil import Distillation, Distilled, HealError, Training
-from pruning.fitting import fit_in_order
+from pruning.fitting import fit_in_order, input_statistics
 from pruning.held_out import HeldOut, mean_kl
 from pruning.loading import BaseModel
 from pruning.loss import DivergenceLoss
@@ -24,12 +26,17 @@ from pruning.residuals import Residuals
 from pruning.substitutes import LinearSubstitute, SubstituteKind, fit_linear
 from pruning.twin import Twin
 from server.cli import app
-from tests.pruning.tiny_models import tiny_base, tiny_model
+from server.config import Settings
+from server.startup import find_plan, make_variants
+from tests.engine.tiny_engine import Numbered, recorder, tiny_engine
+from tests.pruning.tiny_models import ids, tiny_base, tiny_model
 from tests.reference.distillation import mean_kl_and_gradients
+from tests.reference.divergence import substituted
+from tests.reference.silenced import greedy
 
 LAYERS, LENGTH, DROPPED = 6, 24, (2, 4)
 FULL_RANK = SubstituteKind(None)
-TRAINING = Training(steps=12, seconds=None, learning_rate=3e-3, batch=4, judge_every=4, seed=3)
+TRAINING = Training(steps=12, seconds=None, learning_rate=0.1, batch=4, judge_every=4, seed=3)
 
 
 def rows(count: int, seed: int) -> Rows:
@@ -53,20 +60,33 @@ def random_maps(base: BaseModel, scale: float = 0.1) -> dict[int, LinearSubstitu
     return {layer: LinearSubstitute(randn(32, 32), randn(32)) for layer in DROPPED}
 
 
+def trainees(
+    base: BaseModel, source: Source, start: dict[int, LinearSubstitute]
+) -> dict[int, Trainee]:
+    inputs = input_statistics(base, [source.training], start)
+    return {layer: Trainee(each, inputs[layer]) for layer, each in start.items()}
+
+
 class Trained:
     """One training of a tiny model, broken off where its progress is told to raise."""
 
-    def __init__(self, path: Path, training: Training = TRAINING, break_at: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        training: Training = TRAINING,
+        break_at: int | None = None,
+        start: dict[int, LinearSubstitute] | None = None,
+    ) -> None:
         self.base = tiny_base(layers=LAYERS)
         self.twin = Twin(self.base, DROPPED)
         self.source = source()
         self.held_out = HeldOut(self.base, self.twin, [self.source])
-        self.start = random_maps(self.base)
+        self.start = random_maps(self.base) if start is None else start
         self._break_at = break_at
         self.distillation = Distillation(
             self.base,
             self.twin,
-            self.start,
+            trainees(self.base, self.source, self.start),
             Batches([self.source.training], training.batch, training.seed),
             self.held_out,
             training,
@@ -150,8 +170,15 @@ class TestDistillation:
         assert Trained(tmp_path / "a").run().steps == 12
 
     def test_the_best_weights_are_kept_not_the_last(self, tmp_path):
-        result = Trained(tmp_path / "a", replace(TRAINING, learning_rate=0.9)).run()
+        base = tiny_base(layers=LAYERS)
+        fitted = fit_in_order(base, [source().held_out], DROPPED, FULL_RANK)
+        training = replace(TRAINING, learning_rate=1.0, judge_every=1)
+        trained = Trained(tmp_path / "a", training, start=fitted)
+        result = trained.run()
         assert result.best_step < result.steps
+        assert mean_kl(result.qualities) < trained.distillation._state.latest_kl
+        judged = trained.held_out.qualities(result.substitutes)
+        assert judged == result.qualities
 
     def test_no_steps_give_back_what_they_began_with(self, tmp_path):
         trained = Trained(tmp_path / "a", replace(TRAINING, steps=0))
@@ -289,6 +316,26 @@ class TestCommand:
         measured = [plan.quality(depth) is not None for depth in range(1, 6)]
         assert measured == [True, True, False, True, False]
         assert plan.id != before.id
+
+
+def test_a_healed_plan_is_served(folder, tmp_path):
+    out = tmp_path / "healed.json"
+    result = heal(folder, "cosine", out, "--drop", 2, "--steps", 3)
+    assert result.exit_code == 0, result.output
+    settings = Settings(plan=str(out))
+    plan, substitutes, _ = find_plan(settings, tiny_base(layers=LAYERS), silent)
+    maps = {
+        layer: (each.weight.double(), each.bias.double())
+        for layer, each in substitutes.by_layer.items()
+    }
+    pruned = substituted(tiny_model(layers=LAYERS).double(), maps)
+    engine, new = tiny_engine(make_variants(settings, plan), substitutes=substitutes), Numbered()
+    requests = [new.request(ids(text), "pruned") for text in ("All work", "no play makes Jack")]
+    engine.submit(requests)
+    for request in requests:
+        recorder(request).wait()
+        assert recorder(request).tokens == greedy(pruned, request.prompt, 8)
+    engine.stop()
 
 
 def attndrop_show(path: Path) -> str:
