@@ -142,10 +142,8 @@ class Distillation:
         """There is one trainee for each dropped layer of `twin`.
 
         Raises:
-            HealError: the model's dtype cannot be trained through.
-            CheckpointError: the checkpoint cannot be read or written.
+            DivergenceError: what training begins with is not finite.
         """
-        _check_dtype(base)
         base.model.requires_grad_(False)
         self._base = base
         self._twin = twin
@@ -291,7 +289,8 @@ class Distillation:
         )
 
 
-def _check_dtype(base: BaseModel) -> None:
+def check_dtype(base: BaseModel) -> None:
+    """Raise HealError unless the model's dtype can be trained through on its device."""
     dtype = base.model.dtype
     allowed = (torch.float32,) if base.device.type == "cpu" else (torch.float32, torch.bfloat16)
     if dtype not in allowed:

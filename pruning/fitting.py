@@ -27,7 +27,7 @@ _BATCH = 8
 """Sequences computed together."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit_in_order(
     base: BaseModel,
     rows: Sequence[Rows],
@@ -51,7 +51,7 @@ def fit_in_order(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def input_statistics(
     base: BaseModel,
     rows: Sequence[Rows],

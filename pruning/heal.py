@@ -20,7 +20,7 @@ from pruning.calibration import SELF, CalibrationSet, Progress, silent
 from pruning.checkpoint import Checkpoint
 from pruning.coordinates import Trainee
 from pruning.corpus import CorpusRequest, Rows, Source, make_corpus
-from pruning.distil import Distillation, Distilled, HealError, Training
+from pruning.distil import Distillation, Distilled, HealError, Training, check_dtype
 from pruning.divergence import Baseline, Quality
 from pruning.fitting import fit_in_order, input_statistics
 from pruning.held_out import HeldOut
@@ -105,6 +105,7 @@ class Healer:
             HealError, PlanError, SubstituteError, CalibrationError, DivergenceError,
                 CheckpointError: with one sentence for the user.
         """
+        check_dtype(self._base)
         kind = self._kind(request)
         plan = self._plan.with_drop(request.drop)
         self._make_folder()

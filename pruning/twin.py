@@ -87,4 +87,4 @@ class Twin:
         layer = self._layers[index]
         if index not in replacements:
             return layer(hidden, position_embeddings=embeddings)  # type: ignore[no-any-return]
-        return layer.mlp(layer.attention.replaced(hidden, replacements[index]))  # type: ignore[no-any-return]
+        return layer.without_attention(hidden, replacements[index])

@@ -301,6 +301,63 @@ class TestCommand:
         shown = attndrop_show(out)
         assert "healed" in shown
 
+    def test_a_bounded_rank_stays_bounded(self, folder, tmp_path):
+        out = tmp_path / "healed.json"
+        result = heal(folder, "cosine", out, "--kind", "linear:4", "--steps", 6)
+        assert result.exit_code == 0, result.output
+        plan, substitutes = read_with_substitutes(out)
+        assert plan.substitutes.kind == "linear:4"
+        assert {tuple(each.down.shape) for each in substitutes.by_layer.values()} == {(4, 32)}
+        (on,) = plan.substitutes.healed.on
+        assert on.after.kl < on.before.kl
+
+    def test_nothing_is_left_behind_but_what_can_be_used_again(self, folder, tmp_path):
+        """The same fit and text serve another training."""
+        first = heal(folder, "cosine", tmp_path / "a.json", "--steps", 3)
+        kept = sorted((folder / "cache" / "heal").iterdir())
+        again = heal(folder, "cosine", tmp_path / "b.json", "--steps", 6)
+        assert (first.exit_code, again.exit_code) == (0, 0)
+        assert sorted((folder / "cache" / "heal").iterdir()) == kept
+        assert {path.suffix for path in kept} == {".rows", ".safetensors"}
+        assert "fitting substitutes" not in again.stderr
+
+    def test_what_was_trained_on_does_not_judge_the_plan(self, folder, tmp_path):
+        plan = ("--calibration", folder / "text.txt", "--length", "32", "--drop", "2")
+        made = attndrop(folder, "plan", *plan, "--output", folder / "text.json")
+        assert made.exit_code == 0, made.output
+        out = tmp_path / "healed.json"
+        result = heal(folder, "text", out, "--steps", 0, "--text", folder / "text.txt")
+        assert result.exit_code == 0, result.output
+        assert "which was trained on now" in " ".join(result.stderr.split())
+        plan, _ = read_with_substitutes(out)
+        assert plan.quality() is None
+        other = heal(folder, "text", out, "--steps", 0)
+        assert other.exit_code == 0, other.output
+        assert read_with_substitutes(out)[0].quality() is not None
+
+    @pytest.mark.parametrize(
+        ("plan", "options", "message"),
+        [
+            ("cosine", ("--drop", 6), "cannot drop 6 of 6 layers"),
+            ("cosine", ("--drop", 0), "cannot heal 0 dropped layers"),
+            ("cosine", ("--kind", "none"), "--kind none leaves nothing to heal"),
+            ("cosine", ("--kind", "square"), "substitutes must be 'none', 'linear'"),
+            ("greedy", ("--kind", "linear:2"), "give --refit to fit linear:2 instead"),
+            ("cosine", ("--written", 0), "name something to train on"),
+            ("cosine", ("--written", 40), "--written 40 is less than two sequences of 32"),
+            ("cosine", ("--text", "no.txt"), "there is no calibration file 'no.txt'"),
+            ("cosine", ("--length", 1000), "--length must be 4 to 128"),
+            ("cosine", ("--minutes", 1, "--steps", 1), "either --steps or --minutes"),
+            ("cosine", ("--dtype", "bfloat16", "--steps", 1), "with a model in float32"),
+            ("none", (), "there is no plan file"),
+        ],
+    )
+    def test_mistakes_are_one_sentence(self, folder, tmp_path, plan, options, message):
+        result = heal(folder, plan, tmp_path / "healed.json", *options)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert message in " ".join(result.stderr.split())
+        assert not (tmp_path / "healed.json").exists()
+
     def test_substitutes_beyond_the_depth_stay(self, folder, tmp_path):
         out = tmp_path / "healed.json"
         options = ("--drop", 2, "--steps", 3, "--measure", 1, "--measure", 4)
