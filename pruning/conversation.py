@@ -34,8 +34,17 @@ class Conversation:
     """Whether the answer ended by itself."""
 
 
-def chat_prompts(path: str, base: BaseModel, count: int | None = None) -> list[Tensor]:
-    """Return `count` prompts of a JSON-lines file at an even stride, or all, as rendered tokens.
+def prompts_in(path: str) -> int:
+    """Return how many prompts a JSON-lines file holds.
+
+    Raises:
+        CalibrationError: it is not readable, too large, or not JSON lines.
+    """
+    return len(json_records(Path(path)))
+
+
+def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
+    """Return `count` prompts of a JSON-lines file at an even stride, as rendered tokens.
 
     Each line has `messages` (what follows the last user message is left out), `prompt`, or `turns`,
     of which the first is taken.
@@ -44,7 +53,6 @@ def chat_prompts(path: str, base: BaseModel, count: int | None = None) -> list[T
         CalibrationError: the file is not usable or holds fewer prompts.
     """
     records = json_records(Path(path))
-    count = len(records) if count is None else count
     if len(records) < count:
         raise CalibrationError(f"{path} holds {len(records)} prompts, fewer than the {count} asked")
     chosen = [index * len(records) // count for index in range(count)]

@@ -32,7 +32,7 @@ from pruning.calibration import (
     silent,
     whole_file,
 )
-from pruning.conversation import Conversation, answered_together, chat_prompts
+from pruning.conversation import Conversation, answered_together, chat_prompts, prompts_in
 from pruning.families import context_limit
 from pruning.files import write_atomically
 from pruning.loading import BaseModel
@@ -128,6 +128,8 @@ class CorpusRequest:
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
     """Files of chat prompts."""
+    answers: int
+    """How many prompts of each file are answered, at an even stride, at most."""
     length: int
     """Tokens of a row; an answer has at most half of them."""
     seed: int
@@ -149,6 +151,8 @@ def make_corpus(
             f"--length must be 4 to {limit} tokens, the context of {base.name}, not "
             f"{request.length}"
         )
+    if request.answers < 1:
+        raise CalibrationError(f"--answers must be at least 1, not {request.answers}")
     if not 0 <= request.seed < 1 << 63:
         raise CalibrationError(f"seed must be 0 to 2**63 - 1, not {request.seed}")
     maker = _Maker(base, request, folder, progress)
@@ -206,7 +210,7 @@ class _Maker:
         return _whole(whole_file(path, self._base, self._request.length))
 
     def answers(self, path: str) -> Rows:
-        question = {"prompts": calibration_source(path)}
+        question = {"prompts": calibration_source(path), "answers": self._request.answers}
         return self._kept(question, lambda: self._answer(path))
 
     def _write(self, samples: int) -> Rows:
@@ -223,7 +227,7 @@ class _Maker:
     def _answer(self, path: str) -> Rows:
         """Let the full model answer prompts that leave half of a row for it."""
         most = self._request.length // 2
-        prompts = chat_prompts(path, self._base)
+        prompts = chat_prompts(path, self._base, min(prompts_in(path), self._request.answers))
         fitting = sorted((p for p in prompts if len(p) <= self._request.length - most), key=len)
         if len(fitting) < len(prompts):
             logger.warning(
@@ -237,8 +241,13 @@ class _Maker:
         found: list[Conversation] = []
         for first in range(0, len(fitting), self._together):
             part = fitting[first : first + self._together]
-            found += answered_together(self._base, part, most, self._seed + first)
-            self._progress("writing answers", len(found), len(fitting))
+
+            def report(what: str, done: int, total: int, begun: int = first) -> None:
+                written = begun + self._together * done // total
+                self._progress(what, min(written, len(fitting)), len(fitting))
+
+            found += answered_together(self._base, part, most, self._seed + first, report)
+            report("writing answers", 1, 1)
         return self._rows(found)
 
     def _rows(self, conversations: Sequence[Conversation]) -> Rows:

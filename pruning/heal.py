@@ -333,8 +333,8 @@ def _untouched(judging: CalibrationSet | None, sources: Sequence[Source]) -> tor
     """Return the plan's held-out tokens, None where they are not known to be unseen in training."""
     if judging is None:
         logger.warning(
-            "the plan's own held-out tokens are not at hand, so it will not say what its drop "
-            "costs on them"
+            "the plan's own held-out tokens are not in the cache, so the healed one will not say "
+            "what its drop costs on them; `attndrop plan` on this machine puts them there"
         )
         return None
     files = {each.source for each in sources} - {SELF}

@@ -43,12 +43,16 @@ class Amount:
     """How much is done where nobody says, which depends on what computes."""
 
     written: int
+    answers: int
     fit_tokens: int
     batch: int
     length: int
 
 
-AMOUNTS = {"cuda": Amount(300_000, 100_000, 32, 512), "cpu": Amount(32_768, 24_576, 4, 256)}
+AMOUNTS = {
+    "cuda": Amount(300_000, 2_000, 100_000, 32, 512),
+    "cpu": Amount(32_768, 128, 24_576, 4, 256),
+}
 
 
 def heal_command(
@@ -69,6 +73,9 @@ def heal_command(
     written: Annotated[
         int | None,
         typer.Option(min=0, help="Tokens of text that the full model writes, to train on."),
+    ] = None,
+    answers: Annotated[
+        int | None, typer.Option(help="Prompts of each file that are answered at most.")
     ] = None,
     kind: Annotated[
         str | None,
@@ -120,6 +127,7 @@ def heal_command(
                 written=amount.written if written is None else written,
                 texts=tuple(text or ()),
                 prompts=tuple(prompts or ()),
+                answers=amount.answers if answers is None else answers,
                 length=amount.length if length is None else length,
                 seed=seed,
             ),

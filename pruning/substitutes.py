@@ -261,7 +261,10 @@ class Substitutes:
         """
         for layer in layers:
             if layer not in self.by_layer:
-                raise SubstituteError(f"there is no substitute for layer {layer}")
+                raise SubstituteError(
+                    f"there is no substitute for layer {layer}; drop fewer layers of this plan, or "
+                    "heal it at this depth"
+                )
             substitute = self.by_layer[layer]
             width = int(base.model.config.get_text_config().hidden_size)
             if substitute.bias.shape != (width,):
