@@ -73,24 +73,62 @@ class CausalAttention:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
+        window = form.sliding_window
+        if form.softcap is None and (window is None or window >= query.shape[2]):
+            # Without a mask, fused kernels do it, backward too, and no scores are kept.
+            out = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=form.scaling, enable_gqa=True
+            )
+            return out.transpose(1, 2)
         return masked_attention(query, key, value, form)
 
 
 class GrowingAttention:
-    """A dense KV cache for a batch of equally long sequences that grow together."""
+    """A dense KV cache for a batch of sequences that grow together.
 
-    def __init__(self) -> None:
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+    Their prompts may differ in length: then shorter ones are padded in front, and nothing looks at
+    the padding. Room is doubled when it is full, so that a token is copied twice, not once a step.
+    """
+
+    def __init__(self, padding: Tensor | None = None) -> None:
+        """padding is [batch], the leading rows of each sequence that are none; None: nowhere."""
+        self._padding = padding
+        self._kept: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        if layer in self._keys:
-            key = torch.cat([self._keys[layer], key], dim=2)
-            value = torch.cat([self._values[layer], value], dim=2)
-        self._keys[layer], self._values[layer] = key, value
-        return masked_attention(query, key, value, form)
+        key, value = self._grown(layer, key, value)
+        if self._padding is None:
+            return masked_attention(query, key, value, form)
+        visible = self._visible(query.shape[2], key.shape[2], form.sliding_window)
+        return biased_attention(query, key, value, visible, form)
+
+    def _grown(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer, [batch, kv_heads, length, head_dim]."""
+        start = self._lengths.get(layer, 0)
+        end = self._lengths[layer] = start + key.shape[2]
+        kept = self._kept.get(layer)
+        if kept is None or kept.shape[3] < end:
+            batch, heads, _, head_dim = key.shape
+            room = end if kept is None else 2 * end
+            larger = key.new_empty(2, batch, heads, room, head_dim)
+            if kept is not None:
+                larger[:, :, :, :start] = kept[:, :, :, :start]
+            kept = self._kept[layer] = larger
+        kept[0, :, :, start:end], kept[1, :, :, start:end] = key, value
+        return kept[0, :, :, :end], kept[1, :, :, :end]
+
+    def _visible(self, rows: int, length: int, sliding_window: int | None) -> Tensor:
+        """Return [batch, 1, rows, length]. Padding sees itself: a softmax over nothing is no
+        number."""
+        assert self._padding is not None
+        device = self._padding.device
+        keys = torch.arange(length, device=device)
+        real = keys >= self._padding[:, None, None, None]
+        itself = keys == torch.arange(length - rows, length, device=device)[:, None]
+        return (causal_mask(rows, length, sliding_window, device) & real) | itself
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:

@@ -38,7 +38,8 @@ _HELD_OUT = 4
 """One in so many samples of each source is held out."""
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is to do."""
+"""Told what is being done, how much of it is done, and how much there is to do. What follows a
+comma in the first says how it stands, and may change."""
 
 
 class CalibrationError(ValueError):
@@ -162,7 +163,7 @@ def calibrate(
     source = calibration_source(spec)
     if spec == SELF:
         return CalibrationSet(sample_tokens(base, samples, length, seed, progress), (source,), seed)
-    prefix = base.tokenizer.encode("")
+    prefix = _text_prefix(base)
     wanted = samples * (length - len(prefix))
     if spec.startswith(DATA_SET):
         ids = list(islice(_tokens(_data_set_texts(spec, base.tokenizer), base.tokenizer), wanted))
@@ -174,6 +175,23 @@ def calibrate(
             f"need {wanted}; give more text, or lower --samples or --length"
         )
     return CalibrationSet(_windows(ids, prefix, samples, length), (source,), None)
+
+
+def whole_file(path: str, base: BaseModel, length: int) -> Tensor:
+    """Return [samples, length]: as many sequences as a text or JSON-lines file fills.
+
+    Raises:
+        CalibrationError: it is not usable, or does not fill a single one.
+    """
+    _check_shape(base, 1, length, 0)
+    prefix = _text_prefix(base)
+    ids = list(_tokens(_file_texts(Path(path), base.tokenizer), base.tokenizer))
+    if not (samples := len(ids) // (length - len(prefix))):
+        raise CalibrationError(
+            f"{path!r} holds {len(ids)} tokens, less than one sequence of {length}; give more "
+            "text, or lower --length"
+        )
+    return _windows(ids, prefix, samples, length)
 
 
 def calibration_source(spec: str) -> str:
@@ -207,18 +225,25 @@ def _check_shape(base: BaseModel, samples: int, length: int, seed: int) -> None:
 
 
 def sample_tokens(
-    base: BaseModel, samples: int, length: int, seed: int, progress: Progress
+    base: BaseModel,
+    samples: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    *,
+    together: int = _SAMPLING_ROWS,
 ) -> Tensor:
     """Return [samples, length] token ids that the base model writes at temperature 1.
 
     Every sequence starts with BOS (EOS where there is none). An EOS ends a document, not the
-    sequence: writing goes on behind it, as in the packed text that models are trained on.
+    sequence: writing goes on behind it, as in the packed text that models are trained on. So many
+    sequences are written `together`, which decides which random numbers each of them gets.
     """
     generator = torch.Generator().manual_seed(seed)
     total = samples * length
     finished: list[Tensor] = []
-    for first in range(0, samples, _SAMPLING_ROWS):
-        rows = min(_SAMPLING_ROWS, samples - first)
+    for first in range(0, samples, together):
+        rows = min(together, samples - first)
         ids = torch.full((rows, 1), _first_token(base), dtype=torch.int64)
         columns = [ids]
         for column in _continuation(base, ids, length - 1, generator):
@@ -274,6 +299,11 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # Text that is given.
+
+
+def _text_prefix(base: BaseModel) -> list[int]:
+    """Return what the tokenizer puts before a text: often BOS, or nothing."""
+    return list(base.tokenizer.encode(""))
 
 
 def _windows(ids: list[int], prefix: list[int], samples: int, length: int) -> Tensor:

@@ -23,6 +23,8 @@ from typer.core import TyperGroup
 from pruning import calibration
 from pruning.budget import DEFAULT_BUDGET, Budget, BudgetError, chosen
 from pruning.calibration import CalibrationError
+from pruning.checkpoint import CheckpointError
+from pruning.distil import HealError
 from pruning.divergence import DivergenceError, Quality
 from pruning.export.errors import ExportError
 from pruning.importance import ImportanceError
@@ -52,6 +54,8 @@ USER_ERRORS = (
     SubstituteError,
     PlanError,
     ExportError,
+    CheckpointError,
+    HealError,
 )
 """What a user can put right."""
 
@@ -256,9 +260,24 @@ def _heading(plan: Plan) -> str:
         f"plan {plan.id}: {plan.model.name} ({plan.model.family}, {plan.dtype}), "
         f"drops {plan.drop} of {plan.model.layers} layers\n"
         f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}\n"
-        f"substitutes: {plan.substitutes.kind if plan.substitutes else 'none'}\n"
+        f"substitutes: {_substitutes_of(plan)}\n"
         f"{evidence_of(plan) or 'the quality of this drop was not measured'}"
     )
+
+
+def _substitutes_of(plan: Plan) -> str:
+    """Return what kind the plan has, and how they were healed, if they were."""
+    if plan.substitutes is None:
+        return "none"
+    if (healed := plan.substitutes.healed) is None:
+        return plan.substitutes.kind
+    lines = [f"{plan.substitutes.kind}, healed for {healed.drop} dropped in {healed.steps} steps"]
+    lines += [
+        f"    held-out part of {on.source.partition(' ')[0]}: KL {on.before.kl:.3f} -> "
+        f"{on.after.kl:.3f}, agreement {on.before.agreement:.3f} -> {on.after.agreement:.3f}"
+        for on in healed.on
+    ]
+    return "\n".join(lines)
 
 
 def evidence_of(plan: Plan) -> str | None:
@@ -353,10 +372,11 @@ class _Reporter:
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
+        subject = what.partition(",")[0]
+        if subject not in self._tasks:
             self._bars.start()
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
+            self._tasks[subject] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[subject], description=what, completed=done, total=total)
 
 
 @contextmanager

@@ -65,11 +65,50 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class HealedOn:
+    """A source that substitutes were trained on, and what that gave on a part of it held out."""
+
+    source: str
+    """`self`, or a file's name and the hash of its content."""
+    fingerprint: str
+    """Over the very tokens, those that the full model wrote included."""
+    tokens: int
+    """Predicted ones in the part to train on."""
+    held_out: Baseline
+    """The full model on the part held out."""
+    before: Quality
+    """Of the plan that was healed, at the same depth."""
+    after: Quality
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """How substitutes were trained together, for one depth."""
+
+    drop: int
+    """The depth."""
+    steps: int
+    """0: they were fitted together in closed form, and not trained."""
+    tokens: int
+    """Predicted ones that were trained on, repetitions included."""
+    learning_rate: float
+    batch: int
+    length: int
+    seed: int
+    seconds: float
+    """Of training."""
+    dtype: str
+    on: tuple[HealedOn, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SubstitutesRecord:
     """What stands in dropped sublayers' places; the tensors lie beside the plan."""
 
     kind: str
     fingerprint: str
+    healed: Healed | None = None
+    """None: each was fitted given the layers ranked before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +165,8 @@ class Plan:
             del content[name]
         for step in content["ranking"]:
             del step["quality"]
+        if content["substitutes"] is not None:
+            del content["substitutes"]["healed"]  # the fingerprint covers what came of it
         return digest(content)[:12]
 
     def dropping(self, drop: str) -> Self:
@@ -180,6 +221,25 @@ class Plan:
             for depth, step in enumerate(self.ranking, start=1)
         )
         return replace(self, ranking=ranking, held_out=held_out)
+
+    def healed(
+        self,
+        record: SubstitutesRecord,
+        held_out: Baseline | None,
+        qualities: Mapping[int, Quality],
+    ) -> Self:
+        """Return the plan with substitutes that were trained now for its `drop`. What was known of
+        the quality of depths is no longer true; `qualities` are of these substitutes."""
+        ranking = tuple(replace(step, quality=None) for step in self.ranking)
+        forgotten = replace(
+            self,
+            substitutes=record,
+            ranking=ranking,
+            held_out=None,
+            created=_now(),
+            versions=versions(),
+        )
+        return forgotten if held_out is None else forgotten.judged(held_out, qualities)
 
     def quality(self, count: int | None = None) -> Quality | None:
         """Return what dropping `count` layers (by default the plan's own number) costs on held-out
@@ -273,6 +333,22 @@ def _evidence_problems(plan: Plan) -> Iterator[str]:
                 yield "substitutes must be null where there are none"
         except SubstituteError as error:
             yield str(error)
+        if plan.substitutes.healed is not None:
+            yield from _healed_problems(plan, plan.substitutes.healed)
+
+
+def _healed_problems(plan: Plan, healed: Healed) -> Iterator[str]:
+    if not 1 <= healed.drop <= len(plan.ranking):
+        yield f"its substitutes were healed for {healed.drop} dropped layers: {_ranked(plan)}"
+    if min(healed.steps, healed.tokens) < 0 or not 0 <= healed.seconds < math.inf:
+        yield "healed.steps, tokens and seconds must be 0 or more"
+    if min(healed.batch, healed.length) < 1 or not 0 < healed.learning_rate < math.inf:
+        yield "healed.batch, length and learning_rate must be above 0"
+    for each in healed.on:
+        if not _is_possible(each.before) or not _is_possible(each.after):
+            yield f"the quality on {each.source!r:.80} is not one that can be measured"
+        if each.held_out.tokens < 1 or not 0 < each.held_out.perplexity < math.inf:
+            yield "healed.on.held_out must hold at least one token and a perplexity above 0"
 
 
 def _fingerprint_problems(plan: Plan) -> Iterator[str]:
@@ -281,6 +357,9 @@ def _fingerprint_problems(plan: Plan) -> Iterator[str]:
         fingerprints["calibration"] = plan.calibration.fingerprint
     if plan.substitutes is not None:
         fingerprints["substitutes"] = plan.substitutes.fingerprint
+        healed = plan.substitutes.healed
+        for index, each in enumerate(healed.on if healed is not None else ()):
+            fingerprints[f"substitutes.healed.on.{index}"] = each.fingerprint
     for name, fingerprint in fingerprints.items():
         if not _FINGERPRINT.fullmatch(fingerprint):
             yield f"{name}.fingerprint must be 'sha256:' and 64 hex digits, not {fingerprint!r:.80}"
@@ -497,9 +576,13 @@ def new_plan(
         drop=0,
         budget=None,
         dtype=dtype_name(base),
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=_now(),
         versions=versions(),
     )
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> Versions:

@@ -7,7 +7,7 @@ those depths that somebody asks about. The calibration tokens are made when a pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -369,6 +369,26 @@ class PlanCache:
             return None
         return substitutes_of(plan, self._substitutes_path(plan.substitutes.fingerprint))
 
+    def calibration_of(self, plan: Plan) -> CalibrationSet | None:
+        """Return the very tokens that a plan was measured on, None if they are not kept here."""
+        record = plan.calibration
+        if record is None:
+            return None
+        asked = {
+            "model": plan.model.fingerprint,
+            "dtype": plan.dtype,
+            "sources": record.sources,
+            "samples": record.samples,
+            "length": record.length,
+            "seed": record.seed,
+        }
+        try:
+            table = load(self._tokens_file(asked).read_bytes())[_TOKENS]
+        except (OSError, SafetensorError, KeyError):
+            return None
+        found = CalibrationSet(table, record.sources, record.seed)
+        return found if found.fingerprint == record.fingerprint else None
+
     def latest(self, model: str) -> Plan:
         """Return the newest plan kept for the model of that name.
 
@@ -396,6 +416,9 @@ class PlanCache:
         question = _question(base, request)
         for name in ("strategy", "candidates", "substitutes", "protected"):
             del question[name]
+        return self._tokens_file(question)
+
+    def _tokens_file(self, question: Mapping[str, Any]) -> Path:
         return self.folder / f"{digest(question)[:16]}.tokens"
 
     def _cached(self, base: BaseModel, request: PlanRequest) -> Plan | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pruning.attention import CausalAttention
 from pruning.calibration import Progress, silent
 from pruning.loading import BaseModel
-from pruning.sublayers import Substitute, watching_layers
+from pruning.sublayers import Substitute, WrappedLayer, watching_layers
 
 _BATCH = 8
 """Samples computed together, so that temporaries stay small."""
@@ -49,7 +49,7 @@ class Residuals:
         its own.
         """
         decoder = base.model.get_decoder()  # type: ignore[no-untyped-call]
-        self._layers: Sequence[nn.Module] = decoder.layers
+        self._layers: Sequence[WrappedLayer] = decoder.layers
         self._norm: nn.Module = decoder.norm
         self._sublayers = base.sublayers
         self._embeddings: list[Any] = [None] * base.layers
@@ -119,17 +119,10 @@ class Residuals:
         self, index: int, hidden: Tensor, dropped: Mapping[int, Substitute | None]
     ) -> Tensor:
         """Return what leaves a layer, [samples, length, width]."""
+        layer = self._layers[index]
         if index in dropped:
-            hidden = self._sublayers[index].replaced(hidden, dropped[index])
-        else:
-            hidden = self._sublayers[index](
-                hidden,
-                hidden.shape[1],
-                position_embeddings=self._embeddings[index],
-                attend=CausalAttention(),
-                layer=index,
-            )
-        return self._layers[index].mlp(hidden)  # type: ignore[operator, no-any-return]
+            return layer.without_attention(hidden, dropped[index])
+        return layer(hidden, position_embeddings=self._embeddings[index])  # type: ignore[no-any-return]
 
     def _headed(self, hidden: Tensor) -> Tensor:
         return self._norm(hidden[:, self._predicted_from - 1 : -1]).flatten(0, 1)  # type: ignore[no-any-return]

@@ -152,6 +152,10 @@ class WrappedLayer(nn.Module):
             hidden_states, rows, index, position_embeddings, attend or CausalAttention()
         )
 
+    def without_attention(self, hidden: Tensor, substitute: Substitute | None) -> Tensor:
+        """Return what leaves the layer when no row attends, [batch, rows, width]."""
+        return self.mlp(self.attention.replaced(hidden, substitute))  # type: ignore[no-any-return]
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what the layer computes as one function, which layers of one form share.
 

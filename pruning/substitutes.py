@@ -90,6 +90,14 @@ class LinearSubstitute(nn.Module):
             normed = functional.linear(normed, self.down)
         return functional.linear(normed, self.weight, self.bias)
 
+    def copied(self, device: torch.device, dtype: torch.dtype) -> LinearSubstitute:
+        """Return a copy of its own, without gradients."""
+        parts = {
+            name: part.detach().to(device, dtype, copy=True)
+            for name, part in self.named_parameters()
+        }
+        return LinearSubstitute(**parts)
+
 
 class Moments:
     """Sums over pairs of normed inputs and outputs, in float64, from which a map is solved."""
@@ -253,7 +261,10 @@ class Substitutes:
         """
         for layer in layers:
             if layer not in self.by_layer:
-                raise SubstituteError(f"there is no substitute for layer {layer}")
+                raise SubstituteError(
+                    f"there is no substitute for layer {layer}; drop fewer layers of this plan, or "
+                    "heal it at this depth"
+                )
             substitute = self.by_layer[layer]
             width = int(base.model.config.get_text_config().hidden_size)
             if substitute.bias.shape != (width,):

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from pruning.calibration import CalibrationError, calibrate
-from pruning.conversation import answered, chat_prompts
+from pruning.conversation import answered, answered_together, chat_prompts
 from pruning.evaluate import repetition
 from pruning.plan import read_with_substitutes
 from server.cli import app
@@ -138,6 +138,28 @@ class TestConversations:
         base.model.model.norm.weight.data.fill_(1.0)
         lengths = {len(answered(base, torch.tensor(ids("abc")), 5, seed).answer) for seed in (1, 2)}
         assert lengths <= {1, 2, 3, 4, 5}
+
+    def test_answers_written_together_are_each_the_full_models(self):
+        """Prompts of unequal length do not see each other's padding, or each other."""
+        base = tiny_base("mistral")
+        prompts = [torch.tensor(ids(text)) for text in ("so: ", "what is the question?", "a")]
+        written = answered_together(base, prompts, 9, seed=4)
+        plain, generator = tiny_model("mistral"), torch.Generator().manual_seed(4)
+        rows = list(prompts)
+        for step in range(max(len(each.answer) for each in written)):
+            points = torch.rand(3, 1, generator=generator, dtype=torch.float64)
+            for row, each in enumerate(written):
+                with torch.no_grad():
+                    logits = plain(rows[row][None]).logits[0, -1]
+                sums = torch.softmax(logits, -1).double().cumsum(-1)
+                token = (sums <= points[row] * sums[-1]).sum()
+                if step < len(each.answer):
+                    assert int(each.answer[step]) == int(token)
+                rows[row] = torch.cat([rows[row], token[None]])
+        for prompt, each in zip(prompts, written, strict=True):
+            assert torch.equal(each.prompt, prompt)
+            assert each.finished == (int(each.answer[-1]) == EOS)
+            assert EOS not in each.answer[:-1]
 
     @pytest.mark.parametrize(
         "line", [{"text": "x"}, {"messages": chat()}, {"turns": []}, {"messages": ["x"]}, [1]]

@@ -14,8 +14,11 @@ from pruning.budget import Budget
 from pruning.divergence import Baseline, Quality
 from pruning.plan import (
     MAX_PLAN_BYTES,
+    Healed,
+    HealedOn,
     Plan,
     PlanError,
+    SubstitutesRecord,
     parse_drop,
     plan_json,
     read_plan,
@@ -42,6 +45,36 @@ JUDGED = {1: Quality(0.1, 0.9, 11.0), 2: Quality(0.3, 0.8, 12.0), 3: Quality(0.2
 def judged(plan) -> Plan:
     """The plan, with made-up quality of the first three of four depths."""
     return plan.judged(Baseline(100, 10.0), JUDGED)
+
+
+HEALED = Healed(
+    drop=2,
+    steps=100,
+    tokens=5000,
+    learning_rate=0.05,
+    batch=4,
+    length=32,
+    seed=0,
+    seconds=12.5,
+    dtype="float32",
+    on=(
+        HealedOn(
+            source="self",
+            fingerprint="sha256:" + 64 * "a",
+            tokens=900,
+            held_out=Baseline(100, 9.0),
+            before=Quality(0.3, 0.7, 12.0),
+            after=Quality(0.1, 0.9, 10.0),
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def healed(judged) -> Plan:
+    """The plan, as if substitutes for two dropped layers had been healed."""
+    record = SubstitutesRecord("linear", "sha256:" + 64 * "b", HEALED)
+    return judged.healed(record, Baseline(100, 10.0), {2: JUDGED[2]})
 
 
 class TestContent:
@@ -154,6 +187,39 @@ class TestFile:
         write_plan(tmp_path / "plan.json", plan)
         assert read_plan(tmp_path / "plan.json") == plan
         assert os.listdir(tmp_path) == ["plan.json"]
+
+    def test_healed_substitutes_come_back_and_do_not_change_the_id(self, healed, tmp_path):
+        write_plan(tmp_path / "p.json", healed)
+        assert read_plan(tmp_path / "p.json") == healed
+        before = replace(healed, substitutes=replace(healed.substitutes, healed=None))
+        assert healed.id == before.id
+        assert [healed.quality(depth) for depth in (1, 2, 3)] == [None, JUDGED[2], None]
+
+    def test_plans_with_substitutes_from_before_healing_are_read(self, healed, tmp_path):
+        content = json.loads(plan_json(healed))
+        del content["substitutes"]["healed"]
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        read = read_plan(tmp_path / "p.json")
+        assert read.substitutes.healed is None
+        assert read.id == healed.id
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"drop": 5}, "were healed for 5 dropped layers"),
+            ({"drop": 0}, "were healed for 0 dropped layers"),
+            ({"steps": -1}, "healed.steps, tokens and seconds must be 0 or more"),
+            ({"seconds": float("inf")}, "healed.steps, tokens and seconds must be 0 or more"),
+            ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+            ({"on": (replace(HEALED.on[0], fingerprint="x"),)}, "healed.on.0.fingerprint must be"),
+            ({"on": (replace(HEALED.on[0], after=Quality(0.1, 1.5, 2.0)),)}, "not one that can be"),
+            ({"on": (replace(HEALED.on[0], held_out=Baseline(0, 9.0)),)}, "at least one token"),
+        ],
+    )
+    def test_records_of_healing_that_cannot_be(self, healed, change, message):
+        record = replace(healed.substitutes, healed=replace(HEALED, **change))
+        with pytest.raises(PlanError, match=message):
+            replace(healed, substitutes=record)
 
     def test_a_step_is_one_line_for_the_reader(self, plan):
         step = plan.ranking[0]

@@ -1,0 +1,90 @@
+"""Twin: the full model and a pruned one over the same sequences; gradients reach substitutes.
+
+What lies before the first dropped layer is the same in both, and is computed once::
+
+    full     [ 0 | 1 | 2 | 3 | 4 ]  no gradients
+                   `entering`
+    pruned           [ 2'| 3 | 4']  gradients of the substitutes, which are given by the caller
+
+Knows how a wrapped model's layers are called; knows nothing of losses, plans or where substitutes
+come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruning.loading import BaseModel
+from pruning.sublayers import Substitute, WrappedLayer, watching_layers
+
+Replacements = Mapping[int, Substitute | None]
+"""All dropped layers, each with what stands in its place."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullPass:
+    """What a pass of the full model leaves for one of the pruned model."""
+
+    entering: Tensor
+    """[samples, length, width]: the residual stream before the first dropped layer."""
+    embeddings: Sequence[tuple[Tensor, Tensor]]
+    """Of each layer: cosines and sines of every position."""
+    last: Tensor
+    """[samples, length, width]: what the full model's head sees."""
+
+
+class Twin:
+    """A base model that runs in full, and from the first dropped layer on with substitutes."""
+
+    def __init__(self, base: BaseModel, dropped: Collection[int]) -> None:
+        """dropped holds at least one layer."""
+        self.dropped = tuple(sorted(dropped))
+        self._model = base.model
+        self._decoder: Any = base.model.get_decoder()  # type: ignore[no-untyped-call]
+        self._layers: Sequence[WrappedLayer] = self._decoder.layers
+        self._norm: nn.Module = self._decoder.norm
+
+    @property
+    def first(self) -> int:
+        """The first dropped layer."""
+        return self.dropped[0]
+
+    @torch.no_grad()
+    def full(self, token_ids: Tensor) -> FullPass:
+        """Run the full model on [samples, length] token ids on its device."""
+        entering: list[Tensor] = []
+        embeddings: list[tuple[Tensor, Tensor]] = []
+
+        def note(index: int, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> None:
+            embeddings.append(positions)
+            if index == self.first:
+                entering.append(hidden)
+
+        with watching_layers(self._model, note):
+            last = self._decoder(token_ids).last_hidden_state
+        return FullPass(entering[0], embeddings, last)
+
+    def pruned(self, full: FullPass, replacements: Replacements) -> Tensor:
+        """Return what the pruned model's head sees, [samples, length, width]."""
+        hidden = full.entering
+        for index in range(self.first, len(self._layers)):
+            hidden = self.leaving(index, hidden, full.embeddings[index], replacements)
+        return self._norm(hidden)  # type: ignore[no-any-return]
+
+    def leaving(
+        self,
+        index: int,
+        hidden: Tensor,
+        embeddings: tuple[Tensor, Tensor],
+        replacements: Replacements,
+    ) -> Tensor:
+        """Return what leaves a layer, given what enters it, [samples, length, width]."""
+        layer = self._layers[index]
+        if index not in replacements:
+            return layer(hidden, position_embeddings=embeddings)  # type: ignore[no-any-return]
+        return layer.without_attention(hidden, replacements[index])
