@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 ALWAYS_KEPT = 0
 """Layer 0 keeps its attention in every variant."""
 
-TRIED_TOKENS = 1536
+TRIED_TOKENS = {"cpu": 1536, "cuda": 16384}
 """Candidates are tried on so many of the tokens to choose by, since that is what takes long. All of
 them fit substitutes, which is cheap and needs many."""
 
@@ -69,7 +69,8 @@ class Task:
     @property
     def tried(self) -> Tensor:
         """Those of `choosing` that candidates are tried on."""
-        return self.choosing[: max(1, TRIED_TOKENS // self.choosing.shape[1])]
+        tokens = TRIED_TOKENS.get(self.base.device.type, TRIED_TOKENS["cpu"])
+        return self.choosing[: max(1, tokens // self.choosing.shape[1])]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
