@@ -50,8 +50,8 @@ class Amount:
 
 
 AMOUNTS = {
-    "cuda": Amount(300_000, 2_000, 100_000, 32, 512),
-    "cpu": Amount(32_768, 128, 24_576, 4, 256),
+    "cuda": Amount(written=300_000, answers=2_000, fit_tokens=100_000, batch=32, length=512),
+    "cpu": Amount(written=32_768, answers=128, fit_tokens=24_576, batch=4, length=256),
 }
 
 
