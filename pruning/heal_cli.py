@@ -35,7 +35,6 @@ from pruning.plan import PlanError, parse_drop, read_with_substitutes, substitut
 from pruning.substitutes import parse_substitutes
 
 DEFAULT_MINUTES = 5.0
-DEFAULT_RATE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +46,27 @@ class Amount:
     fit_tokens: int
     batch: int
     length: int
+    learning_rate: float
+    """Larger batches are less noisy and bear longer steps."""
 
 
 AMOUNTS = {
-    "cuda": Amount(written=300_000, answers=2_000, fit_tokens=100_000, batch=32, length=512),
-    "cpu": Amount(written=32_768, answers=128, fit_tokens=24_576, batch=4, length=256),
+    "cuda": Amount(
+        written=300_000,
+        answers=2_000,
+        fit_tokens=100_000,
+        batch=32,
+        length=512,
+        learning_rate=0.03,
+    ),
+    "cpu": Amount(
+        written=32_768,
+        answers=128,
+        fit_tokens=24_576,
+        batch=4,
+        length=256,
+        learning_rate=0.01,
+    ),
 }
 
 
@@ -94,8 +109,9 @@ def heal_command(
         int | None, typer.Option(help="How many steps to train instead; 0 fits only.")
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="The highest one, as a share of what each output varies by.")
-    ] = DEFAULT_RATE,
+        float | None,
+        typer.Option(help="The highest one, as a share of what each output varies by."),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     judge_every: Annotated[
@@ -134,7 +150,7 @@ def heal_command(
             training=Training(
                 steps=steps,
                 seconds=None if minutes is None else minutes * 60,
-                learning_rate=learning_rate,
+                learning_rate=amount.learning_rate if learning_rate is None else learning_rate,
                 batch=amount.batch if batch is None else batch,
                 judge_every=judge_every,
                 seed=seed,
