@@ -306,6 +306,19 @@ class TestCommand:
         (on,) = plan.substitutes.healed.on
         assert on.after.kl < on.before.kl
 
+    def test_a_healed_plan_is_healed_again_deeper(self, folder, tmp_path):
+        out = tmp_path / "healed.json"
+        assert heal(folder, "cosine", out, "--steps", 0).exit_code == 0
+        (folder / "again.json").write_bytes(out.read_bytes())
+        (folder / "again.safetensors").write_bytes(out.with_suffix(".safetensors").read_bytes())
+        refused = heal(folder, "again", out, "--drop", 3, "--steps", 3)
+        assert "give --refit to fit new ones" in " ".join(refused.stderr.split())
+        result = heal(folder, "again", out, "--drop", 3, "--steps", 3, "--refit")
+        assert result.exit_code == 0, result.output
+        plan, substitutes = read_with_substitutes(out)
+        assert len(substitutes.by_layer) == 3
+        assert plan.substitutes.healed.drop == 3
+
     def test_nothing_is_left_behind_but_what_can_be_used_again(self, folder, tmp_path):
         """The same fit and text serve another training."""
         first = heal(folder, "cosine", tmp_path / "a.json", "--steps", 3)
@@ -344,6 +357,7 @@ class TestCommand:
             ("cosine", ("--length", 1000), "--length must be 4 to 128"),
             ("cosine", ("--minutes", 1, "--steps", 1), "either --steps or --minutes"),
             ("cosine", ("--dtype", "bfloat16", "--steps", 1), "with a model in float32"),
+            ("cosine", ("--measure", 4), "which will have no substitutes; measure at most"),
             ("none", (), "there is no plan file"),
         ],
     )
