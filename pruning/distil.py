@@ -27,7 +27,7 @@ from pruning.coordinates import Trainee
 from pruning.divergence import DivergenceError, Quality
 from pruning.held_out import HeldOut, mean_kl
 from pruning.loading import BaseModel
-from pruning.loss import DivergenceLoss
+from pruning.loss import DivergenceGradient
 from pruning.substitutes import LinearSubstitute
 from pruning.twin import Twin
 
@@ -152,7 +152,7 @@ class Distillation:
         self._training = training
         self._checkpoint = checkpoint
         self._progress = progress
-        self._loss = DivergenceLoss(base)
+        self._gradient = DivergenceGradient(base)
         self._trainees = trainees
         self._parts = trainable(trainees)
         self._optimizer = torch.optim.AdamW(
@@ -200,7 +200,7 @@ class Distillation:
             pruned = self._twin.pruned(full, self._trainees)
             seen = pruned.flatten(0, 1).index_select(0, batch.where)
             last = full.last.flatten(0, 1).index_select(0, batch.where)
-            _, gradient = self._loss.gradient(last, seen.detach(), batch.weights)
+            gradient = self._gradient(last, seen.detach(), batch.weights)
         seen.backward(gradient)  # type: ignore[no-untyped-call]
         self._clip()
         for group in self._optimizer.param_groups:

@@ -9,7 +9,7 @@ longer claims what it knew of other depths.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,6 +75,29 @@ class Healing:
     """To be removed when the plan is written."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """One healing, prepared."""
+
+    request: HealRequest
+    kind: SubstituteKind
+    plan: Plan
+    """It drops as many layers as are healed."""
+    sources: tuple[Source, ...]
+    twin: Twin
+    held_out: HeldOut
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those that are dropped, from first to last."""
+        return self.twin.dropped
+
+    @property
+    def training(self) -> list[Rows]:
+        """What is trained on, by source."""
+        return [each.training for each in self.sources]
+
+
 class Healer:
     """A base model, a plan of it, and the folder that keeps what takes long."""
 
@@ -106,39 +129,26 @@ class Healer:
                 CheckpointError: with one sentence for the user.
         """
         check_dtype(self._base)
+        task = self._task(request)
+        before = task.held_out.qualities(self._standing(task.layers))
+        checkpoint = Checkpoint(self._checkpoint_path(task))
+        distillation = self._distillation(task, checkpoint)
+        distilled = distillation.run()
+        healed = self._all(distilled.substitutes, task.kind)
+        record = self._record(task, healed, before, distilled)
+        baseline, qualities = self._judged(task, healed, judging)
+        plan = task.plan.healed(record, baseline, qualities)
+        return Healing(plan, healed, distillation.started, distilled, checkpoint)
+
+    def _task(self, request: HealRequest) -> _Task:
+        """Check the request, and make what it is trained and judged on."""
         kind = self._kind(request)
+        self._check_depths(request, kind)
         plan = self._plan.with_drop(request.drop)
         self._make_folder()
         sources = make_corpus(self._base, request.corpus, self._folder, self._progress)
         twin = Twin(self._base, plan.dropped_layers())
-        held_out = HeldOut(self._base, twin, sources)
-        before = held_out.qualities(self._standing(twin.dropped))
-        start = self._start(request, sources, twin.dropped, kind)
-        trainees = self._trainees(start, sources)
-        checkpoint = Checkpoint(self._checkpoint_path(request, sources, kind))
-        distillation = Distillation(
-            self._base,
-            twin,
-            trainees,
-            Batches(
-                [each.training for each in sources], request.training.batch, request.training.seed
-            ),
-            held_out,
-            request.training,
-            checkpoint,
-            self._progress,
-        )
-        distilled = distillation.run()
-        healed = self._all(distilled.substitutes, kind)
-        record = self._record(request, kind, healed, sources, held_out, before, distilled)
-        baseline, qualities = self._judged(plan, healed, request, sources, judging)
-        return Healing(
-            plan.healed(record, baseline, qualities),
-            healed,
-            distillation.started,
-            distilled,
-            checkpoint,
-        )
+        return _Task(request, kind, plan, sources, twin, HeldOut(self._base, twin, sources))
 
     def _kind(self, request: HealRequest) -> SubstituteKind:
         """Return the kind of the healed plan's substitutes."""
@@ -158,88 +168,152 @@ class Healer:
             )
         return request.kind or own or _FULL_RANK
 
-    def _standing(self, layers: Sequence[int]) -> dict[int, LinearSubstitute | None]:
-        """Return what stands in these layers' places now."""
-        if self._substitutes is None:
-            return dict.fromkeys(layers)
-        return dict(self._attached(layers))
-
-    def _attached(self, layers: Collection[int]) -> dict[int, LinearSubstitute]:
-        """Return the plan's own substitutes of these layers, on the device in the model's dtype."""
-        assert self._substitutes is not None
-        if missing := sorted(set(layers) - self._substitutes.by_layer.keys()):
-            raise SubstituteError(
-                f"plan {self._plan.id} has no substitutes for layers {missing}; give --refit to "
-                "fit new ones for all that are dropped"
+    def _check_depths(self, request: HealRequest, kind: SubstituteKind) -> None:
+        """Refuse to measure where layers will have no substitutes."""
+        deepest = max(request.depths, default=0)
+        having = self._plan.dropped_layers(request.drop) | self._beyond(kind).keys()
+        if missing := sorted(self._plan.dropped_layers(deepest) - having):
+            raise HealError(
+                f"--measure {deepest} drops layers {missing}, which will have no substitutes; "
+                f"measure at most --drop {request.drop}"
             )
-        return {
-            layer: self._substitutes.by_layer[layer].copied(
-                self._base.device, self._base.model.dtype
-            )
-            for layer in layers
-        }
 
-    def _start(
-        self,
-        request: HealRequest,
-        sources: Sequence[Source],
-        layers: Sequence[int],
-        kind: SubstituteKind,
-    ) -> Mapping[int, LinearSubstitute]:
+    def _distillation(self, task: _Task, checkpoint: Checkpoint) -> Distillation:
+        start = self._start(task)
+        width = int(self._base.model.config.get_text_config().hidden_size)
+        rows = _some(task.training, _TOKENS_A_DIMENSION * width)
+        inputs = input_statistics(self._base, rows, start, self._progress)
+        training = task.request.training
+        return Distillation(
+            self._base,
+            task.twin,
+            {layer: Trainee(each, inputs[layer]) for layer, each in start.items()},
+            Batches(task.training, training.batch, training.seed),
+            task.held_out,
+            training,
+            checkpoint,
+            self._progress,
+        )
+
+    def _start(self, task: _Task) -> Mapping[int, LinearSubstitute]:
         """Return the substitutes to train: the plan's own, or ones fitted now or before."""
-        if self._substitutes is not None and not request.refit:
-            return self._attached(layers)
-        path = self._folder / f"{self._fit_name(request, sources, layers, kind)}{SUFFIX}"
+        if self._substitutes is not None and not task.request.refit:
+            return self._own(task.layers)
+        path = self._fit_path(task)
         if path.exists():
             try:
                 found = Substitutes.read(path).by_layer
-                return {layer: found[layer] for layer in layers}
+                return {layer: found[layer] for layer in task.layers}
             except (SubstituteError, KeyError) as error:
                 logger.warning("fitting again, since %s is not usable: %s", path, error)
-        rows = _some([each.training for each in sources], request.fit_tokens)
-        fitted = fit_in_order(self._base, rows, layers, kind, self._progress)
+        rows = _some(task.training, task.request.fit_tokens)
+        fitted = fit_in_order(self._base, rows, task.layers, task.kind, self._progress)
         try:
             Substitutes(fitted).write(path)
         except OSError as error:
             raise HealError(f"cannot write {path}: {error.strerror}") from error
         return fitted
 
-    def _trainees(
-        self, start: Mapping[int, LinearSubstitute], sources: Sequence[Source]
-    ) -> dict[int, Trainee]:
-        """Return what is trained: the substitutes in the coordinates of their inputs."""
-        width = int(self._base.model.config.get_text_config().hidden_size)
-        rows = _some([each.training for each in sources], _TOKENS_A_DIMENSION * width)
-        inputs = input_statistics(self._base, rows, start, self._progress)
-        return {layer: Trainee(each, inputs[layer]) for layer, each in start.items()}
-
-    def _fit_name(
-        self,
-        request: HealRequest,
-        sources: Sequence[Source],
-        layers: Sequence[int],
-        kind: SubstituteKind,
-    ) -> str:
-        asked = {
-            "fit": str(kind),
-            "tokens": request.fit_tokens,
-            "layers": list(layers),
-            **self._on(sources),
+    def _standing(self, layers: Sequence[int]) -> Mapping[int, LinearSubstitute | None]:
+        """Return what stands in these layers' places now."""
+        if self._substitutes is None:
+            return dict.fromkeys(layers)
+        found = self._substitutes
+        return {
+            each: self._placed(found, each) if each in found.by_layer else None for each in layers
         }
-        return digest(asked)[:16]
 
-    def _checkpoint_path(
-        self, request: HealRequest, sources: Sequence[Source], kind: SubstituteKind
-    ) -> Path:
-        """Return a name that hashes everything the result depends on."""
+    def _own(self, layers: Sequence[int]) -> Mapping[int, LinearSubstitute]:
+        """Return the plan's own substitutes of these layers, ready to be used."""
+        assert self._substitutes is not None
+        if missing := sorted(set(layers) - self._substitutes.by_layer.keys()):
+            raise SubstituteError(
+                f"plan {self._plan.id} has no substitutes for layers {missing}; give --refit to "
+                "fit new ones for all that are dropped"
+            )
+        return {layer: self._placed(self._substitutes, layer) for layer in layers}
+
+    def _placed(self, substitutes: Substitutes, layer: int) -> LinearSubstitute:
+        """Return one on the model's device in its dtype."""
+        return substitutes.by_layer[layer].copied(self._base.device, self._base.model.dtype)
+
+    def _all(self, healed: Mapping[int, LinearSubstitute], kind: SubstituteKind) -> Substitutes:
+        """Return the healed ones, and those of layers beyond, as they were."""
+        return Substitutes({**self._beyond(kind), **healed})
+
+    def _beyond(self, kind: SubstituteKind) -> Mapping[int, LinearSubstitute]:
+        """Return the plan's own substitutes, if those that are healed will be of their kind."""
+        record = self._plan.substitutes
+        if self._substitutes is None or record is None or record.kind != str(kind):
+            return {}
+        return self._substitutes.by_layer
+
+    def _record(
+        self,
+        task: _Task,
+        substitutes: Substitutes,
+        before: Mapping[str, Quality],
+        distilled: Distilled,
+    ) -> SubstitutesRecord:
+        healed = Healed(
+            drop=task.request.drop,
+            steps=distilled.best_step,
+            tokens=distilled.tokens,
+            learning_rate=task.request.training.learning_rate,
+            batch=task.request.training.batch,
+            length=task.request.corpus.length,
+            seed=task.request.corpus.seed,
+            seconds=round(distilled.seconds, 1),
+            dtype=dtype_name(self._base),
+            on=tuple(
+                HealedOn(
+                    source=each.source,
+                    fingerprint=each.fingerprint,
+                    tokens=each.training.predicted,
+                    held_out=task.held_out.baselines[each.name],
+                    before=before[each.name],
+                    after=distilled.qualities[each.name],
+                )
+                for each in task.sources
+            ),
+        )
+        return SubstitutesRecord(str(task.kind), substitutes.fingerprint, healed)
+
+    def _judged(
+        self, task: _Task, substitutes: Substitutes, judging: CalibrationSet | None
+    ) -> tuple[Baseline | None, dict[int, Quality]]:
+        """Return the full model and the depths asked about, on the plan's held-out tokens."""
+        if (tokens := _untouched(judging, task.sources)) is None:
+            return None, {}
+        trial = Trial(self._base, tokens)
+        snapshots, done = {}, 0
+        for depth in sorted({task.request.drop, *task.request.depths} - {0}):
+            layers = [step.layer for step in task.plan.ranking[done:depth]]
+            trial.drop({layer: self._placed(substitutes, layer) for layer in layers})
+            snapshots[depth], done = trial.snapshot(), depth
+        found = trial.divergences(list(snapshots.values()))
+        return trial.baseline, {d: each.quality for d, each in zip(snapshots, found, strict=True)}
+
+    # What is kept, by a name that hashes everything it depends on.
+
+    def _fit_path(self, task: _Task) -> Path:
+        asked = {
+            "fit": str(task.kind),
+            "tokens": task.request.fit_tokens,
+            "layers": list(task.layers),
+            **self._on(task.sources),
+        }
+        return self._folder / f"{digest(asked)[:16]}{SUFFIX}"
+
+    def _checkpoint_path(self, task: _Task) -> Path:
         asked = {
             "plan": self._plan.id,
-            "drop": request.drop,
-            "kind": str(kind),
-            "refit": request.refit,
-            "fit_tokens": request.fit_tokens,
-            "training": asdict(request.training),
-            **self._on(sources),
+            "drop": task.request.drop,
+            "kind": str(task.kind),
+            "refit": task.request.refit,
+            "fit_tokens": task.request.fit_tokens,
+            "training": asdict(task.request.training),
+            **self._on(task.sources),
         }
         return self._folder / f"{digest(asked)[:16]}.checkpoint"
 
@@ -250,74 +324,6 @@ class Healer:
             "device": self._base.device.type,
             "sources": [each.fingerprint for each in sources],
         }
-
-    def _all(self, healed: Mapping[int, LinearSubstitute], kind: SubstituteKind) -> Substitutes:
-        """Return the healed ones, and those of layers beyond, as they were."""
-        record = self._plan.substitutes
-        beyond: Mapping[int, LinearSubstitute] = {}
-        if self._substitutes is not None and record is not None and record.kind == str(kind):
-            beyond = self._substitutes.by_layer
-        return Substitutes({**beyond, **healed})
-
-    def _record(
-        self,
-        request: HealRequest,
-        kind: SubstituteKind,
-        substitutes: Substitutes,
-        sources: Sequence[Source],
-        held_out: HeldOut,
-        before: Mapping[str, Quality],
-        distilled: Distilled,
-    ) -> SubstitutesRecord:
-        healed = Healed(
-            drop=request.drop,
-            steps=distilled.best_step,
-            tokens=distilled.tokens,
-            learning_rate=request.training.learning_rate,
-            batch=request.training.batch,
-            length=request.corpus.length,
-            seed=request.corpus.seed,
-            seconds=round(distilled.seconds, 1),
-            dtype=dtype_name(self._base),
-            on=tuple(
-                HealedOn(
-                    source=each.source,
-                    fingerprint=each.fingerprint,
-                    tokens=each.training.predicted,
-                    held_out=held_out.baselines[each.name],
-                    before=before[each.name],
-                    after=distilled.qualities[each.name],
-                )
-                for each in sources
-            ),
-        )
-        return SubstitutesRecord(str(kind), substitutes.fingerprint, healed)
-
-    def _judged(
-        self,
-        plan: Plan,
-        substitutes: Substitutes,
-        request: HealRequest,
-        sources: Sequence[Source],
-        judging: CalibrationSet | None,
-    ) -> tuple[Baseline | None, dict[int, Quality]]:
-        """Return the full model and the depths asked about, on the plan's held-out tokens."""
-        if (tokens := _untouched(judging, sources)) is None:
-            return None, {}
-        trial = Trial(self._base, tokens)
-        snapshots, done = {}, 0
-        for depth in sorted({request.drop, *request.depths} - {0}):
-            plan.dropped_layers(depth)  # refuses what the ranking does not hold
-            layers = [step.layer for step in plan.ranking[done:depth]]
-            trial.drop({layer: self._placed(substitutes, layer) for layer in layers})
-            snapshots[depth], done = trial.snapshot(), depth
-        found = trial.divergences(list(snapshots.values()))
-        return trial.baseline, {d: each.quality for d, each in zip(snapshots, found, strict=True)}
-
-    def _placed(self, substitutes: Substitutes, layer: int) -> LinearSubstitute:
-        if layer not in substitutes.by_layer:
-            raise SubstituteError(f"there is no substitute for layer {layer} to measure with")
-        return substitutes.by_layer[layer].copied(self._base.device, self._base.model.dtype)
 
     def _make_folder(self) -> None:
         try:

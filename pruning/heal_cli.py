@@ -34,9 +34,6 @@ from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_m
 from pruning.plan import PlanError, parse_drop, read_with_substitutes, substitutes_path, write_plan
 from pruning.substitutes import parse_substitutes
 
-DEFAULT_MINUTES = 5.0
-DEFAULT_RATE = 0.05
-
 
 @dataclass(frozen=True, slots=True)
 class Amount:
@@ -47,11 +44,33 @@ class Amount:
     fit_tokens: int
     batch: int
     length: int
+    learning_rate: float
+    """Larger batches are less noisy and bear longer steps."""
+    judge_every: int
+    minutes: float
 
 
 AMOUNTS = {
-    "cuda": Amount(300_000, 2_000, 100_000, 32, 512),
-    "cpu": Amount(32_768, 128, 24_576, 4, 256),
+    "cuda": Amount(
+        written=300_000,
+        answers=2_000,
+        fit_tokens=100_000,
+        batch=32,
+        length=512,
+        learning_rate=0.03,
+        judge_every=50,
+        minutes=5,
+    ),
+    "cpu": Amount(
+        written=32_768,
+        answers=128,
+        fit_tokens=24_576,
+        batch=4,
+        length=256,
+        learning_rate=0.01,
+        judge_every=10,
+        minutes=15,
+    ),
 }
 
 
@@ -88,19 +107,20 @@ def heal_command(
         int | None, typer.Option(min=1, help="Training tokens that the fit takes.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help=f"How long to train. Default: {DEFAULT_MINUTES:g}.")
+        float | None, typer.Option(help="How long to train, writing and fitting not counted.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="How many steps to train instead; 0 fits only.")
     ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="The highest one, as a share of what each output varies by.")
-    ] = DEFAULT_RATE,
+        float | None,
+        typer.Option(help="The highest one, as a share of what each output varies by."),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     judge_every: Annotated[
-        int, typer.Option(help="Steps between two looks at the held-out part.")
-    ] = 50,
+        int | None, typer.Option(help="Steps between two looks at the held-out part.")
+    ] = None,
     measure: Annotated[
         list[str] | None,
         typer.Option(help="Another depth whose quality to measure again. Repeatable."),
@@ -120,7 +140,7 @@ def heal_command(
         base = load_base_model(model, dtype=dtype, device=device)
         amount = AMOUNTS.get(base.device.type, AMOUNTS["cpu"])
         if steps is None and minutes is None:
-            minutes = DEFAULT_MINUTES
+            minutes = amount.minutes
         request = HealRequest(
             drop=found.drop if drop is None else _depth(drop, base, len(found.ranking)),
             corpus=CorpusRequest(
@@ -134,9 +154,9 @@ def heal_command(
             training=Training(
                 steps=steps,
                 seconds=None if minutes is None else minutes * 60,
-                learning_rate=learning_rate,
+                learning_rate=amount.learning_rate if learning_rate is None else learning_rate,
                 batch=amount.batch if batch is None else batch,
-                judge_every=judge_every,
+                judge_every=amount.judge_every if judge_every is None else judge_every,
                 seed=seed,
             ),
             kind=fitted_kind,

@@ -1,4 +1,4 @@
-"""The loss of distillation: KL(full || pruned) over the vocabulary, and its gradient.
+"""The gradient of distillation's loss, KL(full || pruned) over the vocabulary at every token.
 
 Logits of all tokens of a batch do not fit in memory (16,384 tokens of a vocabulary of 49,152 are 3
 GB, several times over), and autograd would keep them. So they exist for some tokens at a time, and
@@ -6,7 +6,8 @@ the gradient is written out. With z the pruned model's logits, p and q the two d
 
     KL = sum p (log p - log q)            dKL/dz = q - p
 
-and from there back through the head to what enters it.
+and from there back through the head to what enters it. The loss itself is nowhere needed: what
+judges training is measured on tokens that are not trained on.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pruning.families import LogitForm, logit_form
 from pruning.loading import BaseModel
 
 _LOGITS = {"cpu": 6 << 20, "cuda": 192 << 20}
-"""Logits of one model that exist at one time: 25 MB on a CPU, 800 MB on a GPU, five times over."""
+"""Logits of one model that exist at one time: 25 MB on a CPU, 800 MB on a GPU, three times over."""
 
 
-class DivergenceLoss:
-    """Weighted KL(full || pruned) of tokens, given what the two models' heads see."""
+class DivergenceGradient:
+    """The gradient of a weighted sum of tokens' KL, given what the two models' heads see."""
 
     def __init__(self, base: BaseModel) -> None:
         self._head: nn.Module = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -30,56 +31,40 @@ class DivergenceLoss:
         logits = _LOGITS.get(base.device.type, _LOGITS["cpu"])
         self._rows = max(1, logits // int(base.model.config.get_text_config().vocab_size))
 
-    def gradient(self, full: Tensor, pruned: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the tokens' KL, a float32 scalar on the device, and its
-        gradient by `pruned`.
+    def __call__(self, full: Tensor, pruned: Tensor, weights: Tensor) -> Tensor:
+        """Return the gradient by `pruned`, [tokens, width].
 
         Args:
-            full, pruned: [tokens, width], what the heads see; neither needs gradients.
-            weights: [tokens], float32.
+            full, pruned: [tokens, width], what the heads see.
+            weights: [tokens], float32: of each token's KL in the sum.
         """
-        total = torch.zeros((), device=full.device)
         gradients = torch.empty_like(pruned)
         for start in range(0, len(full), self._rows):
             rows = slice(start, start + self._rows)
-            kl, gradients[rows] = self._some(full[rows], pruned[rows].detach(), weights[rows])
-            total += kl
-        return total, gradients
+            gradients[rows] = self._some(full[rows], pruned[rows].detach())
+        return gradients.mul_(weights[:, None])
 
-    def _some(self, full: Tensor, pruned: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _some(self, full: Tensor, pruned: Tensor) -> Tensor:
+        """Return the gradients of each token's own KL."""
         with torch.no_grad():
-            target = self._logits(self._head(full))
+            p = torch.softmax(self._logits(self._head(full)), -1, dtype=torch.float32)
         with torch.enable_grad():
             seen = pruned.requires_grad_()
             products = self._head(seen)
         with torch.no_grad():
             logits = self._logits(products)
-            kl, slope = _divergence(target, logits)
-            slope *= weights[:, None]
-            self._through_form(slope, logits)
+            slope = torch.softmax(logits, -1, dtype=torch.float32).sub_(p)
+            if (cap := self._form.softcap) is not None:
+                slope *= 1 - (logits / cap).square()
+            if self._form.divisor != 1.0:
+                slope /= self._form.divisor
         (gradient,) = torch.autograd.grad(products, seen, slope.to(products.dtype))
-        return (kl * weights).sum(), gradient
+        return gradient
 
     def _logits(self, products: Tensor) -> Tensor:
-        """Return what the family makes of the head's products, [rows, vocabulary] in float32."""
-        logits = products.float()
+        """Return what the family makes of the head's products, [rows, vocabulary]."""
         if self._form.divisor != 1.0:
-            logits = logits / self._form.divisor
+            products = products.float() / self._form.divisor
         if (cap := self._form.softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
-
-    def _through_form(self, slope: Tensor, logits: Tensor) -> None:
-        """Turn the gradient by logits into that by the head's products, in place."""
-        if (cap := self._form.softcap) is not None:
-            slope *= 1 - (logits / cap).square()
-        if self._form.divisor != 1.0:
-            slope /= self._form.divisor
-
-
-def _divergence(full: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's KL, [rows], and its gradient by the pruned logits, [rows, vocabulary]."""
-    norm, pruned_norm = full.logsumexp(-1), pruned.logsumexp(-1)
-    p = (full - norm[:, None]).exp_()
-    kl = (p * (full - pruned)).sum(-1) - norm + pruned_norm
-    return kl, (pruned - pruned_norm[:, None]).exp_().sub_(p)
+            products = cap * torch.tanh(products.float() / cap)
+        return products

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from tests.reference.divergence import substituted
 
 
-def mean_kl_and_gradients(
+def kl_gradients(
     model: PreTrainedModel,
     maps: Mapping[int, tuple[Tensor, Tensor]],
     tokens: Tensor,
     weights: Tensor,
-) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-    """Return the weighted sum of KL(full || pruned), and its gradients by each weight and bias.
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return the gradients of the weighted sum of KL(full || pruned) by each weight and bias.
 
     Args:
         model: unwrapped.
@@ -40,4 +40,4 @@ def mean_kl_and_gradients(
     loss = ((p.exp() * (p - q)).sum(-1) * weights).sum()
     flat = [part for pair in leaves.values() for part in pair]
     found = iter(torch.autograd.grad(loss, flat))
-    return loss.detach(), {layer: (next(found), next(found)) for layer in leaves}
+    return {layer: (next(found), next(found)) for layer in leaves}
