@@ -24,6 +24,7 @@ from pruning import calibration
 from pruning.budget import DEFAULT_BUDGET, Budget, BudgetError, chosen
 from pruning.calibration import CalibrationError
 from pruning.divergence import DivergenceError, Quality
+from pruning.evidence import EvidenceError
 from pruning.export.errors import ExportError
 from pruning.importance import ImportanceError
 from pruning.llm_drop import plan_from_llm_drop, write_drop_lists
@@ -51,6 +52,7 @@ USER_ERRORS = (
     BudgetError,
     SubstituteError,
     PlanError,
+    EvidenceError,
     ExportError,
 )
 """What a user can put right."""

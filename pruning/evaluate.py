@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +19,19 @@ from torch import Tensor
 from pruning.calibration import Progress, calibrate, calibration_source, silent
 from pruning.conversation import Conversation, answered, chat_prompts
 from pruning.divergence import Divergence, joined
+from pruning.evidence import (
+    Amount,
+    Choices,
+    Domain,
+    Evaluation,
+    Figures,
+    Health,
+    clustered,
+    mean_and_error,
+)
 from pruning.loading import BaseModel
-from pruning.plan import Plan, Versions, dtype_name, versions
+from pruning.multiple_choice import chosen_by, read_questions
+from pruning.plan import Plan, dtype_name, versions
 from pruning.substitutes import Substitutes
 from pruning.trial import Trial
 
@@ -27,88 +39,6 @@ _WINDOWS = 4
 """Windows of text that are computed together."""
 _NGRAM = 4
 _WORST = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """How much is measured."""
-
-    windows: int = 24
-    length: int = 512
-    """Tokens of a window of text."""
-    prompts: int = 16
-    answer: int = 96
-    """Tokens of an answer at most."""
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Domain:
-    """What variants are compared on."""
-
-    name: str
-    source: str
-    """The file's name and the hash of its content."""
-    samples: int
-    tokens: int
-    """Predicted ones."""
-    fingerprint: str
-    """`sha256:...` over the very tokens, those that the full model wrote included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One depth on one domain, beside the full model."""
-
-    domain: str
-    dropped: int
-    perplexity: float
-    perplexity_ratio: float
-    """Over the full model's."""
-    kl: float
-    """KL(full || variant) in nats, mean over tokens."""
-    kl_error: float
-    """Standard error of that mean, over samples (tokens of one sample are not independent)."""
-    kl_p50: float
-    kl_p90: float
-    kl_p99: float
-    """Quantiles over tokens."""
-    agreement: float
-    agreement_p10: float
-    """The tenth percentile of the samples' own agreement."""
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """The answers that one depth wrote freely."""
-
-    dropped: int
-    answers: int
-    mean_length: float
-    """Tokens."""
-    repetition: float
-    """Share of the four-token runs that the same answer held before, mean over answers."""
-    finished: float
-    """Share of the answers that ended by themselves, and not by length."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Everything that was measured, and what it takes to measure it again."""
-
-    model: str
-    fingerprint: str
-    dtype: str
-    device: str
-    plan: str
-    strategy: str
-    substitutes: str | None
-    """The fingerprint of the plan's substitutes."""
-    amount: Amount
-    versions: Versions
-    domains: tuple[Domain, ...]
-    figures: tuple[Figures, ...]
-    health: tuple[Health, ...]
 
 
 _Sample = tuple[Tensor, int]
@@ -143,6 +73,7 @@ class Evaluator:
         self._domains: list[Domain] = []
         self._figures: list[Figures] = []
         self._health: list[Health] = []
+        self._choices: list[Choices] = []
 
     def text(self, path: str) -> None:
         """Measure on a text file, or any other calibration source.
@@ -173,22 +104,59 @@ class Evaluator:
         ]
         self._compare("conversation", calibration_source(path), batches)
 
+    def multiple_choice(self, path: Path) -> None:
+        """Measure on a JSON-lines file of questions.
+
+        Raises:
+            CalibrationError, EvidenceError: it is not usable.
+        """
+        questions = read_questions(path, self._amount.items)
+        full: list[int] = []
+        for depth in self._depths:
+            what = f"{depth} dropped: {questions.task}"
+            layers = self._plan.dropped_layers(depth)
+            picks = chosen_by(self._base, questions, layers, self._progress, what)
+            full = full or picks
+            rights = [pick == item.gold for pick, item in zip(picks, questions.items, strict=True)]
+            same = [pick == other for pick, other in zip(picks, full, strict=True)]
+            self._choices.append(
+                Choices(
+                    questions.task,
+                    questions.source,
+                    depth,
+                    len(picks),
+                    *mean_and_error(rights),
+                    unchanged=sum(same) / len(same),
+                )
+            )
+
     def result(self) -> Evaluation:
         """Return what was measured so far."""
         base, plan = self._base, self._plan
+        record = plan.substitutes
         return Evaluation(
             model=base.name,
             fingerprint=base.fingerprint,
+            layers=base.layers,
+            kv_bytes=_kv_bytes(base),
             dtype=dtype_name(base),
             device=str(base.device),
             plan=plan.id,
             strategy=plan.strategy,
-            substitutes=None if plan.substitutes is None else plan.substitutes.fingerprint,
+            substitutes=None if record is None else record.fingerprint,
+            substitutes_kind=None if record is None else record.kind,
             amount=self._amount,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             versions=versions(),
+            harness=None,
             domains=tuple(self._domains),
             figures=tuple(self._figures),
             health=tuple(self._health),
+            choices=tuple(self._choices),
+            tasks=(),
+            following=(),
+            retrieval=(),
+            examples=(),
         )
 
     def _answers(self, prompts: Sequence[Tensor], depth: int) -> list[Conversation]:
@@ -214,8 +182,7 @@ class Evaluator:
         self._domains.append(
             Domain(name, source, len(sizes), sum(sizes), f"sha256:{digest.hexdigest()}")
         )
-        full = whole[0].quality.perplexity
-        self._figures.extend(_figures(name, d, each, sizes, full) for d, each in whole.items())
+        self._figures.extend(_figures(name, d, each, whole[0], sizes) for d, each in whole.items())
 
     def _divergences(self, token_ids: Tensor, predicted_from: int) -> dict[int, Divergence]:
         trial = Trial(self._base, token_ids, predicted_from=predicted_from)
@@ -235,61 +202,56 @@ class Evaluator:
             before = dropped
 
 
-def evaluate(
-    base: BaseModel,
-    plan: Plan,
-    substitutes: Substitutes | None,
-    depths: Sequence[int],
-    texts: Sequence[str],
-    conversations: Sequence[str],
-    amount: Amount,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Return the evaluation on texts, and on conversations that follow the chat prompts of files.
-
-    Raises:
-        PlanError, SubstituteError, CalibrationError, DivergenceError: as the evaluator does.
-    """
-    evaluator = Evaluator(base, plan, substitutes, depths, amount, progress)
-    for path in texts:
-        evaluator.text(path)
-    for path in conversations:
-        evaluator.conversation(path)
-    return evaluator.result()
-
-
 def _figures(
-    domain: str, dropped: int, found: Divergence, sizes: Sequence[int], full: float
+    domain: str, dropped: int, found: Divergence, full: Divergence, sizes: Sequence[int]
 ) -> Figures:
-    quality = found.quality
-    kl = torch.tensor(
-        [part.mean() for part in torch.split(found.kl, list(sizes))], dtype=torch.float64
-    )
-    agrees = [part.double().mean() for part in torch.split(found.agrees, list(sizes))]
+    kl, kl_error = _over_samples(found.kl, sizes)
+    agreement, agreement_error = _over_samples(found.agrees.double(), sizes)
+    _, loss_error = _over_samples(found.loss - full.loss, sizes)
+    ratio = found.quality.perplexity / full.quality.perplexity
     p50, p90, p99 = torch.quantile(found.kl, torch.tensor([0.5, 0.9, 0.99]).double()).tolist()
+    agrees = [part.double().mean() for part in torch.split(found.agrees, list(sizes))]
     return Figures(
         domain=domain,
         dropped=dropped,
-        perplexity=quality.perplexity,
-        perplexity_ratio=quality.perplexity / full,
-        kl=quality.kl,
-        kl_error=kl.std().item() / len(kl) ** 0.5 if len(kl) > 1 else 0.0,
+        perplexity=found.quality.perplexity,
+        perplexity_ratio=ratio,
+        perplexity_ratio_error=ratio * loss_error,  # of exp(x), to first order
+        kl=kl,
+        kl_error=kl_error,
         kl_p50=p50,
         kl_p90=p90,
         kl_p99=p99,
-        agreement=quality.agreement,
+        agreement=agreement,
+        agreement_error=agreement_error,
         agreement_p10=torch.quantile(torch.stack(agrees), _WORST).item(),
     )
 
 
+def _over_samples(values: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
+    """Return the mean of values [tokens] float64, and its standard error over samples."""
+    return clustered([part.sum().item() for part in torch.split(values, list(sizes))], sizes)
+
+
 def _health(dropped: int, written: Sequence[Conversation]) -> Health:
+    repeated, repeated_error = mean_and_error([repetition(e.answer.tolist()) for e in written])
+    finished, finished_error = mean_and_error([each.finished for each in written])
     return Health(
         dropped=dropped,
         answers=len(written),
         mean_length=sum(len(each.answer) for each in written) / len(written),
-        repetition=sum(repetition(each.answer.tolist()) for each in written) / len(written),
-        finished=sum(each.finished for each in written) / len(written),
+        repetition=repeated,
+        repetition_error=repeated_error,
+        finished=finished,
+        finished_error=finished_error,
     )
+
+
+def _kv_bytes(base: BaseModel) -> int:
+    """Return the bytes of one token's keys and values in one layer."""
+    config = base.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_key_value_heads * width * base.model.dtype.itemsize)
 
 
 def repetition(tokens: Sequence[int]) -> float:

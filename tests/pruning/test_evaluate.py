@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from pruning.calibration import CalibrationError, calibrate
 from pruning.conversation import answered, chat_prompts
 from pruning.evaluate import repetition
+from pruning.evidence import read_evidence
 from pruning.plan import read_with_substitutes
 from server.cli import app
 from tests.pruning.tiny_models import EOS, ids, tiny_base, tiny_model
@@ -158,3 +159,17 @@ class TestConversations:
 )
 def test_repetition_is_the_share_of_runs_that_came_before(tokens, share):
     assert repetition(tokens) == share
+
+
+def test_multiple_choice_counts_what_is_right_and_what_changed(folder, tmp_path):
+    quiz, out = tmp_path / "quiz.jsonl", tmp_path / "out.json"
+    lines = [{"prompt": f"n {n} is", "choices": ["odd", "even"], "gold": n % 2} for n in range(12)]
+    quiz.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run(folder, "--multiple-choice", quiz, "--drop", 4, "--json", out)
+    assert result.exit_code == 0, result.output
+    full, pruned = json.loads(out.read_text())["choices"]
+    assert (full["dropped"], full["items"], full["unchanged"]) == (0, 12, 1)
+    assert full["error"] == pytest.approx((full["accuracy"] * (1 - full["accuracy"]) / 11) ** 0.5)
+    assert pruned["dropped"] == 4
+    assert "multiple choice, accuracy ± error" in result.stdout
+    assert read_evidence(out).choices[0].task == "quiz"

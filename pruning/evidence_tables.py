@@ -1,0 +1,88 @@
+"""Evidence as tables for a terminal: one for each domain and for each kind of question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from pruning.evidence import Choices, Domain, Evaluation, average_choices
+
+
+def tables(found: Evaluation) -> Iterator[Table]:
+    """Yield a table for everything that was measured."""
+    for domain in found.domains:
+        yield _domain(found, domain)
+    if found.health:
+        yield _health(found)
+    if found.choices:
+        yield _choices(found)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, box=None, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _domain(found: Evaluation, domain: Domain) -> Table:
+    return _table(
+        f"{domain.name}: {domain.tokens:,} predicted tokens of {domain.source[:40]}",
+        ("dropped", "ppl", "of full", "KL ± error", "p90", "p99", "agree", "p10"),
+        [
+            (
+                f"{row.dropped} of {found.layers}",
+                f"{row.perplexity:.2f}",
+                f"{row.perplexity_ratio:.3f}x",
+                f"{row.kl:.3f} ± {row.kl_error:.3f}",
+                f"{row.kl_p90:.2f}",
+                f"{row.kl_p99:.2f}",
+                f"{row.agreement:.3f}",
+                f"{row.agreement_p10:.3f}",
+            )
+            for row in found.figures
+            if row.domain == domain.name
+        ],
+    )
+
+
+def _health(found: Evaluation) -> Table:
+    return _table(
+        "answers that each wrote itself",
+        ("dropped", "answers", "mean tokens", "repetition", "ended by themselves"),
+        [
+            (
+                f"{row.dropped} of {found.layers}",
+                str(row.answers),
+                f"{row.mean_length:.1f}",
+                f"{row.repetition:.3f} ± {row.repetition_error:.3f}",
+                f"{row.finished:.0%} ± {row.finished_error:.0%}",
+            )
+            for row in found.health
+        ],
+    )
+
+
+def _choices(found: Evaluation) -> Table:
+    by_depth: dict[int, list[Choices]] = {}
+    for row in found.choices:
+        by_depth.setdefault(row.dropped, []).append(row)
+    full = by_depth[0]
+    rows = [
+        [row[0].task, *(_plus_minus(each.accuracy, each.error) for each in row)]
+        for row in zip(*by_depth.values(), strict=True)
+    ]
+    averages = [_plus_minus(*average_choices(each)) for each in by_depth.values()]
+    unchanged = [sum(row.unchanged for row in each) / len(each) for each in by_depth.values()]
+    return _table(
+        f"multiple choice, accuracy ± error, {sum(row.items for row in full):,} questions",
+        ("dropped", *map(str, by_depth)),
+        [*rows, ["average", *averages], ["chosen as full", *(f"{each:.0%}" for each in unchanged)]],
+    )
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
