@@ -93,6 +93,37 @@ class GrowingAttention:
         return masked_attention(query, key, value, form)
 
 
+class PaddedAttention:
+    """A dense KV cache for a batch of sequences that grow together, padded on the left.
+
+    Row i of the batch begins at column `padding[i]`. What stands before it is seen by itself alone,
+    which keeps it finite; nothing else sees it.
+    """
+
+    def __init__(self, padding: Tensor) -> None:
+        """padding is [batch, 1], the columns before each sequence, on the model's device."""
+        self._padding = padding
+        self._padded = bool(padding.any())
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+    ) -> Tensor:
+        if layer in self._keys:
+            key = torch.cat([self._keys[layer], key], dim=2)
+            value = torch.cat([self._values[layer], value], dim=2)
+        self._keys[layer], self._values[layer] = key, value
+        if not self._padded:
+            return masked_attention(query, key, value, form)
+        rows, length = query.shape[2], key.shape[2]
+        columns = torch.arange(length, device=query.device)
+        itself = columns == columns[length - rows :, None]
+        visible = causal_mask(rows, length, form.sliding_window, query.device)
+        visible = (visible & (columns >= self._padding)[:, None]) | itself
+        return biased_attention(query, key, value, visible[:, None], form)
+
+
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
     """Causal attention of the last rows of a sequence over all of it.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pruning.calibration import Progress, calibrate, calibration_source, silent
-from pruning.conversation import Conversation, answered, chat_prompts
+from pruning.conversation import Conversation, chat_prompts, sampled
 from pruning.divergence import Divergence, joined
 from pruning.evidence import (
     Amount,
@@ -68,6 +68,8 @@ class Evaluator:
         self._depths = sorted({0, *depths})
         self._amount = amount
         self._progress = progress
+        for sublayer in base.sublayers:
+            sublayer.substitute = None  # of a plan that was measured before
         if substitutes is not None:
             substitutes.attach(base, plan.dropped_layers(self._depths[-1]))
         self._domains: list[Domain] = []
@@ -160,13 +162,10 @@ class Evaluator:
         )
 
     def _answers(self, prompts: Sequence[Tensor], depth: int) -> list[Conversation]:
-        dropped = self._plan.dropped_layers(depth)
-        written = []
-        for index, prompt in enumerate(prompts):
-            seed = self._amount.seed + index
-            written.append(answered(self._base, prompt, self._amount.answer, seed, dropped))
-            self._progress(f"{depth} dropped: writing answers", index + 1, len(prompts))
-        return written
+        seeds = [self._amount.seed + index for index in range(len(prompts))]
+        layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: writing answers"
+        most = self._amount.answer
+        return sampled(self._base, prompts, most, seeds, layers, self._progress, what)
 
     def _compare(self, name: str, source: str, batches: Sequence[_Sample]) -> None:
         found: dict[int, list[Divergence]] = {depth: [] for depth in self._depths}
