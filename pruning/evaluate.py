@@ -29,6 +29,7 @@ from pruning.evidence import (
     clustered,
     mean_and_error,
 )
+from pruning.families import kv_shape
 from pruning.loading import BaseModel
 from pruning.multiple_choice import chosen_by, read_questions
 from pruning.plan import Plan, dtype_name, versions
@@ -248,9 +249,8 @@ def _health(dropped: int, written: Sequence[Conversation]) -> Health:
 
 def _kv_bytes(base: BaseModel) -> int:
     """Return the bytes of one token's keys and values in one layer."""
-    config = base.model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_key_value_heads * width * base.model.dtype.itemsize)
+    shape = kv_shape(base.model.config)
+    return 2 * shape.kv_heads * shape.head_dim * base.model.dtype.itemsize
 
 
 def repetition(tokens: Sequence[int]) -> float:
