@@ -219,7 +219,7 @@ def sample_tokens(
     finished: list[Tensor] = []
     for first in range(0, samples, _SAMPLING_ROWS):
         rows = min(_SAMPLING_ROWS, samples - first)
-        ids = torch.full((rows, 1), _first_token(base), dtype=torch.int64)
+        ids = torch.full((rows, 1), first_token(base), dtype=torch.int64)
         columns = [ids]
         for column in _continuation(base, ids, length - 1, generator):
             columns.append(column)
@@ -228,7 +228,7 @@ def sample_tokens(
     return torch.cat(finished)
 
 
-def _first_token(base: BaseModel) -> int:
+def first_token(base: BaseModel) -> int:
     for token in (base.tokenizer.bos_token_id, base.tokenizer.eos_token_id):
         if isinstance(token, int):
             return token

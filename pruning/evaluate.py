@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,8 +26,10 @@ from pruning.evidence import (
     Choices,
     Domain,
     Evaluation,
+    EvidenceError,
     Figures,
     Health,
+    TaskScore,
     clustered,
     mean_and_error,
 )
@@ -77,6 +81,8 @@ class Evaluator:
         self._figures: list[Figures] = []
         self._health: list[Health] = []
         self._choices: list[Choices] = []
+        self._tasks: list[TaskScore] = []
+        self._harness: str | None = None
 
     def text(self, path: str) -> None:
         """Measure on a text file, or any other calibration source.
@@ -133,6 +139,20 @@ class Evaluator:
                 )
             )
 
+    def tasks(self, names: Sequence[str]) -> None:
+        """Measure on tasks of lm-evaluation-harness, or on files of questions through it.
+
+        Raises:
+            CalibrationError, EvidenceError: the harness is not installed, or a task not usable.
+        """
+        harness = _harness()
+        depths = [(depth, self._plan.dropped_layers(depth)) for depth in self._depths]
+        items, seed = self._amount.items, self._amount.seed
+        self._harness = harness.HARNESS
+        self._tasks += harness.harness_scores(
+            self._base, names, depths, items, seed, self._progress
+        )
+
     def result(self) -> Evaluation:
         """Return what was measured so far."""
         base, plan = self._base, self._plan
@@ -151,12 +171,12 @@ class Evaluator:
             amount=self._amount,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             versions=versions(),
-            harness=None,
+            harness=self._harness,
             domains=tuple(self._domains),
             figures=tuple(self._figures),
             health=tuple(self._health),
             choices=tuple(self._choices),
-            tasks=(),
+            tasks=tuple(self._tasks),
             following=(),
             retrieval=(),
             examples=(),
@@ -245,6 +265,21 @@ def _health(dropped: int, written: Sequence[Conversation]) -> Health:
         finished=finished,
         finished_error=finished_error,
     )
+
+
+def _harness() -> ModuleType:
+    """Return harness.py.
+
+    Raises:
+        EvidenceError: what it needs is not installed.
+    """
+    try:
+        return import_module("pruning.harness")
+    except ImportError as error:
+        raise EvidenceError(
+            f"lm-evaluation-harness is not installed ({error}): run `pip install "
+            "'attndrop[evaluate]'`"
+        ) from error
 
 
 def _kv_bytes(base: BaseModel) -> int:

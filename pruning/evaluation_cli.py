@@ -59,8 +59,15 @@ def evaluate_command(
             "gold). Repeatable."
         ),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task of lm-evaluation-harness by its name, or a file of questions to be scored "
+            "by it. Repeatable."
+        ),
+    ] = None,
     items: Annotated[
-        int, typer.Option(min=1, help="Questions of each file at most, at an even stride.")
+        int, typer.Option(min=1, help="Questions of each file or task at most, at an even stride.")
     ] = DEFAULT.items,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = DEFAULT.windows,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = DEFAULT.length,
@@ -75,10 +82,10 @@ def evaluate_command(
 ) -> None:
     """Measure what dropping costs, beside the full model."""
     with user_errors():
-        if not (text or conversation or multiple_choice):
+        if not (text or conversation or multiple_choice or task):
             raise EvidenceError(
-                "name something to measure on: --text FILE, --conversation FILE or "
-                "--multiple-choice FILE"
+                "name something to measure on: --text FILE, --conversation FILE, "
+                "--multiple-choice FILE or --task NAME"
             )
         base = load_base_model(model, dtype=dtype, device=device)
         amount = Amount(windows, length, prompts, answer, seed, items)
@@ -96,6 +103,8 @@ def evaluate_command(
                 evaluator.conversation(source)
             for path in multiple_choice or ():
                 evaluator.multiple_choice(path)
+            if task:
+                evaluator.tasks(task)
         result = evaluator.result()
         if output is not None:
             write_evidence(output, result)

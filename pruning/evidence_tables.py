@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from pruning.evidence import Choices, Domain, Evaluation, average_choices
+from pruning.evidence import Choices, Domain, Evaluation, TaskScore, average_choices
 
 
 def tables(found: Evaluation) -> Iterator[Table]:
@@ -17,6 +17,8 @@ def tables(found: Evaluation) -> Iterator[Table]:
         yield _health(found)
     if found.choices:
         yield _choices(found)
+    if found.tasks:
+        yield _tasks(found)
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -81,6 +83,21 @@ def _choices(found: Evaluation) -> Table:
         f"multiple choice, accuracy ± error, {sum(row.items for row in full):,} questions",
         ("dropped", *map(str, by_depth)),
         [*rows, ["average", *averages], ["chosen as full", *(f"{each:.0%}" for each in unchanged)]],
+    )
+
+
+def _tasks(found: Evaluation) -> Table:
+    rows: dict[tuple[str, str], list[TaskScore]] = {}
+    for row in found.tasks:
+        rows.setdefault((row.task, row.metric), []).append(row)
+    depths = dict.fromkeys(row.dropped for row in found.tasks)
+    return _table(
+        f"tasks of lm-evaluation-harness {found.harness}",
+        ("dropped", *map(str, depths)),
+        [
+            (f"{task} {metric}", *(_plus_minus(each.value, each.error or 0.0) for each in cells))
+            for (task, metric), cells in rows.items()
+        ],
     )
 
 
