@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,9 @@ CALIBRATION = (
 )
 TEXT = "eval/wikitext2_valid.txt"
 CONVERSATION = "chat/mt_bench.jsonl"
+INSTRUCTIONS = "chat/ifeval.jsonl"
+_CHECKS = ("lm_eval", "langdetect", "immutabledict", "nltk")
+"""What IFEval's checks need; without one of them, the page says that they were not made."""
 QUESTIONS = ("arc_easy_val", "piqa_valid", "hellaswag_val_1000", "openbookqa_val", "winogrande_val")
 
 
@@ -53,19 +57,43 @@ class Size:
     samples: int
     length: int
     candidates: int
+    lengths: tuple[int, ...]
+    """Tokens of texts that sentences are hidden in."""
+    places: tuple[int, ...]
 
 
 FULL = Size(
-    Amount(windows=64, length=1024, prompts=80, answer=256, items=500),
+    Amount(
+        windows=64,
+        length=1024,
+        prompts=80,
+        answer=256,
+        items=500,
+        instructions=128,
+        instructed_answer=384,
+    ),
     samples=256,
     length=256,
     candidates=29,
+    lengths=(512, 1024, 2048),
+    places=(0, 25, 50, 75, 100),
 )
 QUICK = Size(
-    Amount(windows=2, length=64, prompts=2, answer=8, items=2),
+    Amount(
+        windows=2,
+        length=64,
+        prompts=2,
+        answer=8,
+        items=2,
+        instructions=2,
+        instructed_answer=8,
+        needles=2,
+    ),
     samples=8,
     length=32,
     candidates=2,
+    lengths=(256,),
+    places=(50,),
 )
 
 
@@ -162,6 +190,9 @@ def judge(
     evaluator.conversation(str(data / CONVERSATION))
     for name in QUESTIONS:
         evaluator.multiple_choice(data / "eval" / f"{name}.jsonl")
+    evaluator.needle(str(data / TEXT), size.lengths, size.places)
+    if all(find_spec(name) for name in _CHECKS):
+        evaluator.instructions(data / INSTRUCTIONS)
     found = evaluator.result()
     write_evidence(results / f"{_slug(subject.name)}.evidence.json", found)
     sizes = {

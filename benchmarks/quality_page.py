@@ -5,6 +5,7 @@ Knows what the figures mean and what they are held against; knows nothing of how
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pruning.evidence import (
     Evaluation,
     EvidenceError,
     Figures,
+    Retrieval,
     average_choices,
 )
 from pruning.plan import Plan
@@ -81,6 +83,8 @@ def figures(plans: Sequence[Measured], machine: str, command: str) -> str:
         *(_domain(plans, domain) for domain in _SHOWN),
         _questions(plans),
         _answers(plans),
+        _retrieval(plans),
+        _following(plans),
         _making(plans),
     ]
     return "\n\n".join(parts) + "\n"
@@ -248,6 +252,57 @@ def _answers(plans: Sequence[Measured]) -> str:
                 )
     headings = ["plan", "dropped", "mean tokens", "repeated four-token runs", "ended by itself"]
     return _table("Answers that each depth wrote itself", headings, rows)
+
+
+def _retrieval(plans: Sequence[Measured]) -> str:
+    lengths = sorted({row.length for row in plans[0].found.retrieval})
+    rows = []
+    for plan in plans:
+        for depth in _depths(plan):
+            if depth or plan is plans[0]:
+                found = [row for row in plan.found.retrieval if row.dropped == depth]
+                cells = [_found([row for row in found if row.length == n]) for n in lengths]
+                rows.append([plan.name if depth else "full model", str(depth), *cells])
+    places = sorted({row.depth for row in plans[0].found.retrieval})
+    return _table(
+        f"Sentences found in long texts, {plans[0].found.amount.needles} hidden at each of "
+        f"{', '.join(f'{place} %' for place in places)} of the text: share found / log P a token",
+        ["plan", "dropped", *(f"{length:,} tokens" for length in lengths)],
+        rows,
+    )
+
+
+def _found(rows: Sequence[Retrieval]) -> str:
+    share = sum(row.found for row in rows) / len(rows)
+    error = math.sqrt(sum(row.found_error**2 for row in rows)) / len(rows)
+    logprob = sum(row.logprob for row in rows) / len(rows)
+    return f"{_plus_minus(share, error)} / {logprob:.2f}"
+
+
+def _following(plans: Sequence[Measured]) -> str:
+    title = "Instructions followed (IFEval's strict checks, greedy answers)"
+    rows, left_out = [], 0
+    for plan in plans:
+        for row in plan.found.following:
+            left_out = row.left_out
+            if row.dropped or plan is plans[0]:
+                rows.append(
+                    [
+                        plan.name if row.dropped else "full model",
+                        str(row.dropped),
+                        _plus_minus(row.prompt_accuracy, row.prompt_error),
+                        _plus_minus(row.instruction_accuracy, row.instruction_error),
+                    ]
+                )
+    if not rows:
+        return f"### {title}\n\nNot measured: the packages of `attndrop[evaluate]` were missing."
+    judged = plans[0].found.following[0]
+    headings = ["plan", "dropped", "prompts, all instructions", "instructions"]
+    return (
+        _table(title, headings, rows)
+        + f"\n\n{judged.prompts} prompts with {judged.instructions} instructions; {left_out} "
+        "prompts were left out, since what splits sentences for their checks was not there."
+    )
 
 
 def _making(plans: Sequence[Measured]) -> str:

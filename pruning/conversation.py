@@ -45,8 +45,9 @@ class Conversation:
     """Whether the answer ended by itself."""
 
 
-def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
-    """Return `count` prompts of a JSON-lines file at an even stride, as rendered tokens.
+def chat_messages(path: Path, count: int) -> list[list[dict[str, Any]]]:
+    """Return the messages of `count` lines of a JSON-lines file at an even stride, up to where an
+    answer is wanted.
 
     Each line has `messages` (what follows the last user message is left out), `prompt`, or `turns`,
     of which the first is taken.
@@ -54,15 +55,26 @@ def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
     Raises:
         CalibrationError: the file is not usable or holds fewer prompts.
     """
-    records = json_records(Path(path))
+    records = json_records(path)
     if len(records) < count:
         raise CalibrationError(f"{path} holds {len(records)} prompts, fewer than the {count} asked")
     chosen = [index * len(records) // count for index in range(count)]
-    texts = [
-        rendered(_messages(path, index + 1, records[index]), base.tokenizer, for_answer=True)
-        for index in chosen
-    ]
-    return [torch.tensor(base.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    return [_messages(str(path), index + 1, records[index]) for index in chosen]
+
+
+def prompt_tokens(base: BaseModel, messages: list[dict[str, Any]]) -> Tensor:
+    """Return messages as the chat template renders them, up to where the answer begins, [tokens].
+
+    Raises:
+        CalibrationError: the template cannot render them.
+    """
+    text = rendered(messages, base.tokenizer, for_answer=True)
+    return torch.tensor(base.tokenizer.encode(text, add_special_tokens=False))
+
+
+def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
+    """Return the tokens of `count` prompts of a file: both of the above."""
+    return [prompt_tokens(base, messages) for messages in chat_messages(Path(path), count)]
 
 
 def sampled(

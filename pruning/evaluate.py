@@ -9,9 +9,10 @@ went wrong with them is counted. Results are plain data with all that is needed 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -19,23 +20,29 @@ import torch
 from torch import Tensor
 
 from pruning.calibration import Progress, calibrate, calibration_source, silent
-from pruning.conversation import Conversation, chat_prompts, sampled
+from pruning.conversation import Conversation, chat_messages, greedy, prompt_tokens, sampled
 from pruning.divergence import Divergence, joined
 from pruning.evidence import (
     Amount,
+    Answer,
     Choices,
     Domain,
     Evaluation,
     EvidenceError,
+    Example,
     Figures,
+    Following,
     Health,
+    Retrieval,
     TaskScore,
     clustered,
     mean_and_error,
 )
 from pruning.families import kv_shape
+from pruning.likelihood import likelihoods
 from pruning.loading import BaseModel
 from pruning.multiple_choice import chosen_by, read_questions
+from pruning.needle import hidden, retrieval
 from pruning.plan import Plan, dtype_name, versions
 from pruning.substitutes import Substitutes
 from pruning.trial import Trial
@@ -44,6 +51,10 @@ _WINDOWS = 4
 """Windows of text that are computed together."""
 _NGRAM = 4
 _WORST = 0.1
+_EXAMPLES = 4
+"""Prompts of a file that evidence keeps with their answers."""
+_SHOWN = 2000
+"""Characters of each that it keeps."""
 
 
 _Sample = tuple[Tensor, int]
@@ -83,6 +94,9 @@ class Evaluator:
         self._choices: list[Choices] = []
         self._tasks: list[TaskScore] = []
         self._harness: str | None = None
+        self._following: list[Following] = []
+        self._retrieval: list[Retrieval] = []
+        self._examples: list[Example] = []
 
     def text(self, path: str) -> None:
         """Measure on a text file, or any other calibration source.
@@ -105,8 +119,11 @@ class Evaluator:
         Raises:
             CalibrationError, DivergenceError: as in `text`.
         """
-        prompts = chat_prompts(path, self._base, self._amount.prompts)
+        messages = chat_messages(Path(path), self._amount.prompts)
+        prompts = [prompt_tokens(self._base, each) for each in messages]
         written = {depth: self._answers(prompts, depth) for depth in self._depths}
+        asked = [str(each[-1].get("content")) for each in messages[:_EXAMPLES]]
+        self._examples += [self._example(text, written, i) for i, text in enumerate(asked)]
         self._health.extend(_health(depth, each) for depth, each in written.items())
         batches = [
             (torch.cat([each.prompt, each.answer])[None], len(each.prompt)) for each in written[0]
@@ -139,16 +156,57 @@ class Evaluator:
                 )
             )
 
+    def instructions(self, path: Path) -> None:
+        """Measure on a JSON-lines file of prompts with checkable instructions (IFEval's).
+
+        Raises:
+            CalibrationError, EvidenceError: the harness is not installed, or the file not usable.
+        """
+        checks = _with_harness("pruning.instructions")
+        instructed = checks.read_instructed(path, self._amount.instructions)
+        asked = [[{"role": "user", "content": each.prompt}] for each in instructed.prompts]
+        prompts = [prompt_tokens(self._base, each) for each in asked]
+        self._harness = version("lm_eval")
+        for depth in self._depths:
+            layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: instructions"
+            most = self._amount.instructed_answer
+            written = greedy(self._base, prompts, most, layers, self._progress, what)
+            answers = [self._text(each) for each in written]
+            self._following.append(checks.followed(instructed, answers, depth))
+
+    def needle(self, source: str, lengths: Sequence[int], places: Sequence[int]) -> None:
+        """Measure how well sentences are found that are hidden in a calibration source's text.
+
+        Args:
+            lengths: of the prompts, in tokens.
+            places: where the sentence stands, in percent of the text.
+
+        Raises:
+            CalibrationError: the source is not usable, or holds too little text.
+            EvidenceError: a prompt does not fit the model's context, or is too short.
+        """
+        amount, base = self._amount, self._base
+        for length in lengths:
+            windows = calibrate(
+                source, base, samples=amount.needles, length=length, seed=amount.seed
+            ).token_ids
+            for place in places:
+                pairs = hidden(base.tokenizer, windows, place, amount.seed)
+                for depth in self._depths:
+                    layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: needles"
+                    found = likelihoods(base, pairs, layers, self._progress, what)
+                    self._retrieval.append(retrieval(found, depth, length, place))
+
     def tasks(self, names: Sequence[str]) -> None:
         """Measure on tasks of lm-evaluation-harness, or on files of questions through it.
 
         Raises:
             CalibrationError, EvidenceError: the harness is not installed, or a task not usable.
         """
-        harness = _harness()
+        harness = _with_harness("pruning.harness")
         depths = [(depth, self._plan.dropped_layers(depth)) for depth in self._depths]
         items, seed = self._amount.items, self._amount.seed
-        self._harness = harness.HARNESS
+        self._harness = version("lm_eval")
         self._tasks += harness.harness_scores(
             self._base, names, depths, items, seed, self._progress
         )
@@ -177,9 +235,9 @@ class Evaluator:
             health=tuple(self._health),
             choices=tuple(self._choices),
             tasks=tuple(self._tasks),
-            following=(),
-            retrieval=(),
-            examples=(),
+            following=tuple(self._following),
+            retrieval=tuple(self._retrieval),
+            examples=tuple(self._examples),
         )
 
     def _answers(self, prompts: Sequence[Tensor], depth: int) -> list[Conversation]:
@@ -187,6 +245,18 @@ class Evaluator:
         layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: writing answers"
         most = self._amount.answer
         return sampled(self._base, prompts, most, seeds, layers, self._progress, what)
+
+    def _example(
+        self, asked: str, written: Mapping[int, Sequence[Conversation]], index: int
+    ) -> Example:
+        answers = [
+            Answer(depth, self._text(each[index])[:_SHOWN], each[index].finished)
+            for depth, each in written.items()
+        ]
+        return Example(asked[:_SHOWN], tuple(answers))
+
+    def _text(self, written: Conversation) -> str:
+        return str(self._base.tokenizer.decode(written.answer, skip_special_tokens=True))
 
     def _compare(self, name: str, source: str, batches: Sequence[_Sample]) -> None:
         found: dict[int, list[Divergence]] = {depth: [] for depth in self._depths}
@@ -267,14 +337,14 @@ def _health(dropped: int, written: Sequence[Conversation]) -> Health:
     )
 
 
-def _harness() -> ModuleType:
-    """Return harness.py.
+def _with_harness(module: str) -> ModuleType:
+    """Return a module that imports lm_eval.
 
     Raises:
         EvidenceError: what it needs is not installed.
     """
     try:
-        return import_module("pruning.harness")
+        return import_module(module)
     except ImportError as error:
         raise EvidenceError(
             f"lm-evaluation-harness is not installed ({error}): run `pip install "

@@ -66,6 +66,25 @@ def evaluate_command(
             "by it. Repeatable."
         ),
     ] = None,
+    ifeval: Annotated[
+        list[Path] | None,
+        typer.Option(help="A JSON-lines file of prompts with IFEval's instructions. Repeatable."),
+    ] = None,
+    instructions: Annotated[
+        int, typer.Option(min=1, help="Of these prompts at most, at an even stride.")
+    ] = DEFAULT.instructions,
+    instructed_answer: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer to them at most.")
+    ] = DEFAULT.instructed_answer,
+    needle: Annotated[
+        str, typer.Option(help="Tokens of texts to hide a sentence in, like 512,1024,2048.")
+    ] = "",
+    needle_depths: Annotated[
+        str, typer.Option(help="Where in the text, in percent.")
+    ] = "0,25,50,75,100",
+    needles: Annotated[
+        int, typer.Option(min=1, help="Sentences for each length and place.")
+    ] = DEFAULT.needles,
     items: Annotated[
         int, typer.Option(min=1, help="Questions of each file or task at most, at an even stride.")
     ] = DEFAULT.items,
@@ -82,13 +101,25 @@ def evaluate_command(
 ) -> None:
     """Measure what dropping costs, beside the full model."""
     with user_errors():
-        if not (text or conversation or multiple_choice or task):
+        if not (text or conversation or multiple_choice or task or ifeval or needle):
             raise EvidenceError(
                 "name something to measure on: --text FILE, --conversation FILE, "
-                "--multiple-choice FILE or --task NAME"
+                "--multiple-choice FILE, --task NAME, --ifeval FILE or --needle LENGTHS"
             )
         base = load_base_model(model, dtype=dtype, device=device)
-        amount = Amount(windows, length, prompts, answer, seed, items)
+        amount = Amount(
+            windows=windows,
+            length=length,
+            prompts=prompts,
+            answer=answer,
+            seed=seed,
+            items=items,
+            instructions=instructions,
+            instructed_answer=instructed_answer,
+            needles=needles,
+        )
+        lengths = _numbers("--needle", needle, 1, 1 << 20)
+        places = _numbers("--needle-depths", needle_depths, 0, 100)
         with progress_bars() as progress:
             if plan is None:
                 found, _ = plan_cache().load_or_compute(base, PlanRequest((SELF,)), progress)
@@ -103,6 +134,9 @@ def evaluate_command(
                 evaluator.conversation(source)
             for path in multiple_choice or ():
                 evaluator.multiple_choice(path)
+            for path in ifeval or ():
+                evaluator.instructions(path)
+            evaluator.needle((text or [SELF])[0], lengths, places)
             if task:
                 evaluator.tasks(task)
         result = evaluator.result()
@@ -116,6 +150,15 @@ def _depths(plan: Plan, drops: list[str] | None) -> list[int]:
     return [
         parse_drop(drop, layers=plan.model.layers, most=most) for drop in drops or [str(plan.drop)]
     ]
+
+
+def _numbers(option: str, text: str, least: int, most: int) -> list[int]:
+    """Return the numbers that `512,1024` names; none for an empty text."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and least <= int(part[:9]) <= most):
+            raise EvidenceError(f"{option} takes numbers of {least} to {most}, not {part!r:.40}")
+    return [int(part) for part in parts]
 
 
 def _print(result: Evaluation, plan: Plan, substitutes: Substitutes | None) -> None:

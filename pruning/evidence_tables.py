@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from pruning.evidence import Choices, Domain, Evaluation, TaskScore, average_choices
+from pruning.evidence import Choices, Domain, Evaluation, Retrieval, TaskScore, average_choices
 
 
 def tables(found: Evaluation) -> Iterator[Table]:
@@ -17,6 +17,10 @@ def tables(found: Evaluation) -> Iterator[Table]:
         yield _health(found)
     if found.choices:
         yield _choices(found)
+    if found.following:
+        yield _following(found)
+    if found.retrieval:
+        yield _retrieval(found)
     if found.tasks:
         yield _tasks(found)
 
@@ -83,6 +87,43 @@ def _choices(found: Evaluation) -> Table:
         f"multiple choice, accuracy ± error, {sum(row.items for row in full):,} questions",
         ("dropped", *map(str, by_depth)),
         [*rows, ["average", *averages], ["chosen as full", *(f"{each:.0%}" for each in unchanged)]],
+    )
+
+
+def _following(found: Evaluation) -> Table:
+    left_out = found.following[0].left_out
+    return _table(
+        f"instructions followed, {left_out} prompts left out" if left_out else "instructions",
+        ("dropped", "prompts", "all of a prompt's", "instructions", "each"),
+        [
+            (
+                f"{row.dropped} of {found.layers}",
+                str(row.prompts),
+                _plus_minus(row.prompt_accuracy, row.prompt_error),
+                str(row.instructions),
+                _plus_minus(row.instruction_accuracy, row.instruction_error),
+            )
+            for row in found.following
+        ],
+    )
+
+
+def _retrieval(found: Evaluation) -> Table:
+    cells: dict[tuple[int, int], dict[int, Retrieval]] = {}
+    for row in found.retrieval:
+        cells.setdefault((row.length, row.depth), {})[row.dropped] = row
+    depths = dict.fromkeys(row.dropped for row in found.retrieval)
+    return _table(
+        f"sentences found, {found.amount.needles} in each place",
+        ("tokens", "at", *(f"{depth} dropped" for depth in depths)),
+        [
+            (
+                f"{length:,}",
+                f"{place}%",
+                *(_plus_minus(r.found, r.found_error) for r in each.values()),
+            )
+            for (length, place), each in cells.items()
+        ],
     )
 
 

@@ -30,8 +30,6 @@ from pruning.likelihood import Pair, encoded, likelihoods
 from pruning.loading import BaseModel
 from pruning.multiple_choice import DELIMITER, read_questions
 
-HARNESS = version("lm_eval")
-
 _BOOTSTRAPS = 1000
 """Of metrics whose standard error has no formula."""
 _SPLIT = "questions"
@@ -140,8 +138,8 @@ def _loaded(name: str, items: int) -> list[Any]:
     manager = TaskManager()
     if name not in manager.all_tasks:
         raise EvidenceError(
-            f"lm-evaluation-harness {HARNESS} has no task {name!r}; `lm-eval ls tasks` lists them, "
-            "and a file of questions has to end in .jsonl"
+            f"lm-evaluation-harness {version('lm_eval')} has no task {name!r}; `lm-eval ls tasks` "
+            "lists them, and a file of questions has to end in .jsonl"
         )
     try:
         return list(manager.load([name])["tasks"].values())

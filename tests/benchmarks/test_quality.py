@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.quality import CALIBRATION, CONVERSATION, QUESTIONS, TEXT, main
+from benchmarks.quality import CALIBRATION, CONVERSATION, INSTRUCTIONS, QUESTIONS, TEXT, main
 from benchmarks.quality_page import BEGIN, END
 from pruning.evidence import read_evidence
 from pruning.plan import read_with_substitutes
@@ -24,12 +24,18 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     tiny_model(layers=6).save_pretrained(folder / "tiny")
     tiny_base().tokenizer.save_pretrained(folder / "tiny")
+    config = json.loads((folder / "tiny" / "config.json").read_text())
+    (folder / "tiny" / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 512})
+    )
     for name in ("calibration", "eval", "chat"):
         (folder / name).mkdir()
     chat = json.dumps({"messages": [{"role": "user", "content": SENTENCE * 10}]}) + "\n"
     for name in (*CALIBRATION, TEXT):
         (folder / name).write_text(chat if name.endswith("jsonl") else SENTENCE * 20)
     (folder / CONVERSATION).write_text('{"turns": ["who?"]}\n{"turns": ["why?"]}\n')
+    instructed = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (folder / INSTRUCTIONS).write_text(json.dumps({"prompt": "Say it.", **instructed}) + "\n")
     question = {"prompt": "it is", "choices": ["odd", "even"], "gold": 1}
     for name in QUESTIONS:
         (folder / "eval" / f"{name}.jsonl").write_text((json.dumps(question) + "\n") * 3)
@@ -73,3 +79,4 @@ def test_given_plans_are_judged_beside_the_bars(data):
     assert "(≤ 1.03)" in held
     assert "(≥ 0.9)" in held
     assert "made elsewhere" in text
+    assert "256 tokens |" in text
