@@ -6,9 +6,10 @@
 
 Makes plans by cosine, by greedy and by greedy with linear substitutes, all from one mixture of
 calibration text, times that, and evaluates them and any given plans at the same depths. No part of
-what they are judged on chose or fitted anything. FOLDER holds `calibration/`, `eval/` and `chat/`
+what they are judged on chose or fitted anything. What `--results` holds of an earlier run that
+answers the same question is not measured again. FOLDER holds `calibration/`, `eval/` and `chat/`
 (docs/quality.md names the files). The page's figures stand between two markers; what is around
-them stays. Evidence and plans are kept in `--results`, for `attndrop report`.
+them stays. The evidence is also what `attndrop report` shows.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import torch
 import typer
 
 from benchmarks.quality_page import Measured, figures, with_figures
+from benchmarks.quality_results import Results
 from pruning.calibration import SELF, Progress
 from pruning.cli import DeviceOption, DtypeOption, ModelOption, progress_bars, user_errors
 from pruning.evaluate import Evaluator
-from pruning.evidence import Amount, EvidenceError, write_evidence
+from pruning.evidence import Amount, EvidenceError
 from pruning.files import write_atomically
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.plan import Plan, read_with_substitutes, write_plan
+from pruning.plan import Plan, read_with_substitutes
 from pruning.plan_cache import PlanRequest, compute_plan
 from pruning.selection import DEFAULT_STRATEGY, GREEDY
 from pruning.substitutes import Substitutes, parse_substitutes
@@ -47,6 +49,13 @@ INSTRUCTIONS = "chat/ifeval.jsonl"
 _CHECKS = ("lm_eval", "langdetect", "immutabledict", "nltk")
 """What IFEval's checks need; without one of them, the page says that they were not made."""
 QUESTIONS = ("arc_easy_val", "piqa_valid", "hellaswag_val_1000", "openbookqa_val", "winogrande_val")
+
+STRATEGIES = (
+    ("cosine", DEFAULT_STRATEGY, "none"),
+    ("greedy", GREEDY, "none"),
+    ("greedy + linear", GREEDY, "linear"),
+)
+"""Name, strategy and substitutes of the plans that are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +126,7 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="The page whose figures are replaced; else to stdout.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder for plans and evidence.")] = Path(
+    results: Annotated[Path, typer.Option(help="Folder where plans and evidence are kept.")] = Path(
         "build/quality"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Little of everything.")] = False,
@@ -129,17 +138,16 @@ def main(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure and write the page."""
-    size = QUICK if quick else FULL
+    size, kept = QUICK if quick else FULL, Results(results)
     with user_errors(), progress_bars() as progress:
         base = load_base_model(model, dtype=dtype, device=device)
-        results.mkdir(parents=True, exist_ok=True)
         depths = [int(each) for each in drop.split(",")]
-        subjects = [] if given_only else made(base, data, size, results, progress)
+        subjects = [] if given_only else made(base, data, size, kept, progress)
         subjects += [_given(path, base) for path in plan or ()]
         if not subjects:
             raise EvidenceError("--given-only needs a --plan to judge")
-        judged = [judge(base, each, data, size, depths, results, progress) for each in subjects]
-    text = figures(judged, machine(base), command(data, quick, plan or ()))
+        judged = [judge(base, each, data, size, depths, kept, progress) for each in subjects]
+    text = figures(judged, machine(base), command(quick, plan or ()))
     if out is None:
         typer.echo(text)
     else:
@@ -147,16 +155,12 @@ def main(
 
 
 def made(
-    base: BaseModel, data: Path, size: Size, results: Path, progress: Progress
+    base: BaseModel, data: Path, size: Size, results: Results, progress: Progress
 ) -> list[Subject]:
-    """Return a plan of each strategy, and write them into a folder."""
+    """Return a plan of each strategy."""
     sources = (SELF, *(str(data / name) for name in CALIBRATION))
     subjects = []
-    for name, strategy, substitutes in (
-        ("cosine", DEFAULT_STRATEGY, "none"),
-        ("greedy", GREEDY, "none"),
-        ("greedy + linear", GREEDY, "linear"),
-    ):
+    for name, strategy, substitutes in STRATEGIES:
         request = PlanRequest(
             calibration=sources,
             samples=size.samples,
@@ -165,11 +169,12 @@ def made(
             candidates=size.candidates,
             substitutes=parse_substitutes(substitutes),
         )
-        start = time.perf_counter()
-        plan, maps = compute_plan(base, request, progress)
-        seconds = time.perf_counter() - start
-        write_plan(results / f"{_slug(name)}.plan.json", plan, maps)
-        subjects.append(Subject(name, plan, maps, seconds))
+        if (found := results.plan(name, request, base)) is None:
+            start = time.perf_counter()
+            plan, maps = compute_plan(base, request, progress)
+            found = plan, maps, time.perf_counter() - start
+            results.keep_plan(name, *found)
+        subjects.append(Subject(name, *found))
     return subjects
 
 
@@ -179,13 +184,24 @@ def judge(
     data: Path,
     size: Size,
     depths: Sequence[int],
-    results: Path,
+    results: Results,
     progress: Progress,
 ) -> Measured:
-    """Return a plan's evidence, and write it into a folder."""
-    start = time.perf_counter()
+    """Return a plan's evidence."""
     plan, maps = subject.plan, subject.substitutes
-    evaluator = Evaluator(base, plan, maps, depths, size.amount, progress)
+    if (found := results.evidence(subject.name, plan, base, size.amount, depths)) is None:
+        start = time.perf_counter()
+        evaluator = Evaluator(base, plan, maps, depths, size.amount, progress)
+        _measure(evaluator, data, size)
+        found = evaluator.result(), time.perf_counter() - start
+        results.keep_evidence(subject.name, *found)
+    sizes = {
+        depth: (0, 0) if maps is None else maps.size(plan.dropped_layers(depth)) for depth in depths
+    }
+    return Measured(subject.name, plan, found[0], sizes, subject.seconds, found[1])
+
+
+def _measure(evaluator: Evaluator, data: Path, size: Size) -> None:
     evaluator.text(str(data / TEXT))
     evaluator.conversation(str(data / CONVERSATION))
     for name in QUESTIONS:
@@ -193,13 +209,6 @@ def judge(
     evaluator.needle(str(data / TEXT), size.lengths, size.places)
     if all(find_spec(name) for name in _CHECKS):
         evaluator.instructions(data / INSTRUCTIONS)
-    found = evaluator.result()
-    write_evidence(results / f"{_slug(subject.name)}.evidence.json", found)
-    sizes = {
-        depth: (0, 0) if maps is None else maps.size(plan.dropped_layers(depth)) for depth in depths
-    }
-    seconds = time.perf_counter() - start
-    return Measured(subject.name, plan, found, sizes, subject.seconds, seconds)
 
 
 def machine(base: BaseModel) -> str:
@@ -209,7 +218,7 @@ def machine(base: BaseModel) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def command(data: Path, quick: bool, plans: Sequence[Path]) -> str:
+def command(quick: bool, plans: Sequence[Path]) -> str:
     """Return the command that measures this again; the folder's place is the reader's own."""
     options = [f"--plan {path.name}" for path in plans] + ["--quick"] * quick
     return " ".join(["python -m benchmarks.quality --data FOLDER", *options])
@@ -219,10 +228,6 @@ def _given(path: Path, base: BaseModel) -> Subject:
     plan, substitutes = read_with_substitutes(path)
     plan.check_fits(base)
     return Subject(path.name.removesuffix(".json"), plan, substitutes, None)
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,16 @@ def test_the_pages_figures_are_replaced_and_the_rest_stays(data):
     assert f" {row.perplexity:.1f} / {row.kl:.2f} / {row.agreement:.3f} / " in text
 
 
+def test_what_was_measured_before_is_not_measured_again(data):
+    run(data, "--drop", "3")
+    evidence = data / "results" / "greedy.evidence.json"
+    before = evidence.read_bytes()
+    run(data, "--drop", "3")
+    assert evidence.read_bytes() == before
+    run(data, "--drop", "1")
+    assert evidence.read_bytes() != before
+
+
 def test_given_plans_are_judged_beside_the_bars(data):
     run(data, "--drop", "4")
     given = data / "results" / "cosine.plan.json"
