@@ -1,5 +1,5 @@
 """The command line: `attndrop serve`, `gateway`; from the pruning library `plan`, `evaluate`,
-`export`.
+`report`, `export`.
 
 Options are made from the settings, so that a setting is described once.
 """
@@ -27,6 +27,7 @@ from pruning.cli import evidence_of, plan_app, progress_bars
 from pruning.evaluation_cli import evaluate_command
 from pruning.export.cli import export_command
 from pruning.quantised import QuantisationError
+from pruning.report.cli import report_command
 from pruning.selection import DEFAULT_STRATEGY
 from pruning.variants import VariantError
 from server import __version__
@@ -59,6 +60,7 @@ app = typer.Typer(
 app.add_typer(plan_app, name="plan")
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 
 
 def _print_version(wanted: bool) -> None:

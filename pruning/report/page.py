@@ -1,0 +1,184 @@
+"""The page: what was measured on what, the figures, a table of them, and answers side by side.
+
+One file that asks nothing of a network and runs no script; its policy says so to the browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pruning.evidence import Answer, Example, average_choices
+from pruning.report.markup import Markup, element, joined
+from pruning.report.sections import chapters, section
+from pruning.report.style import STYLE
+from pruning.report.subject import Speed, Subject
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(subjects: Sequence[Subject], speeds: Sequence[Speed]) -> str:
+    """Return the whole page. `subjects` holds at least one."""
+    title = f"{subjects[0].found.model}: what dropping attention costs"
+    head = joined(
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("title", title),
+        element("style", Markup(STYLE)),
+    )
+    body = element(
+        "main",
+        element("h1", title),
+        _facts(subjects, speeds),
+        chapters(subjects, speeds),
+        _answers(subjects),
+        _table(subjects),
+    )
+    html = element("html", element("head", head), element("body", body), lang="en")
+    return f"<!doctype html>\n{html}\n"
+
+
+def _facts(subjects: Sequence[Subject], speeds: Sequence[Speed]) -> Markup:
+    found = subjects[0].found
+    software = found.versions
+    facts = [
+        ("Model", f"{found.model}, {found.layers} layers, {found.fingerprint[:19]}"),
+        (
+            "Computed",
+            f"{found.dtype} on {found.device}, {found.created}, seed {found.amount.seed}",
+        ),
+        (
+            "Software",
+            f"attndrop {software.attndrop}, torch {software.torch}, transformers "
+            f"{software.transformers}"
+            + (f", lm-evaluation-harness {found.harness}" if found.harness else ""),
+        ),
+        *((f"Plan: {each.name}", _plan(each)) for each in subjects),
+        *(
+            (f"On {each.name}", f"{each.tokens:,} tokens in {each.samples} samples, {each.source}")
+            for each in found.domains
+        ),
+        *(("Speed", f"{each.title}; {each.device}") for each in speeds),
+    ]
+    pairs = [joined(element("dt", name), element("dd", fact)) for name, fact in facts]
+    return element("dl", *pairs, class_="facts")
+
+
+def _plan(subject: Subject) -> str:
+    found = subject.found
+    return found.plan + (f", substitutes {found.substitutes[:19]}" if found.substitutes else "")
+
+
+def _answers(subjects: Sequence[Subject]) -> Markup | None:
+    shown = [each for each in subjects if each.found.examples]
+    if not shown:
+        return None
+    count = min(len(each.found.examples) for each in shown)
+    amount = shown[0].found.amount
+    return section(
+        "Answers side by side",
+        f"Drawn at temperature 1, every depth with the same random numbers; at most "
+        f"{amount.answer} tokens, cut here where long. An example shows what a difference looks "
+        "like, not how often it occurs.",
+        *(_example(shown, index) for index in range(count)),
+    )
+
+
+def _example(subjects: Sequence[Subject], index: int) -> Markup:
+    first, *others = [(each.name, each.found.examples[index]) for each in subjects]
+    return element(
+        "div",
+        element("p", first[1].prompt, class_="prompt"),
+        _side_by_side(*first, with_full=True),
+        *(
+            element(
+                "details", element("summary", name), _side_by_side(name, example, with_full=False)
+            )
+            for name, example in others
+        ),
+    )
+
+
+def _side_by_side(name: str, example: Example, *, with_full: bool) -> Markup:
+    cards = [_answer(name, each) for each in example.answers if each.dropped or with_full]
+    return element("div", *cards, class_="answers")
+
+
+def _answer(name: str, answer: Answer) -> Markup:
+    title = f"{name}, {answer.dropped} dropped" if answer.dropped else "full model"
+    ending = "" if answer.finished else " (not ended)"
+    return element(
+        "article",
+        element("h3", title + ending),
+        element("pre", answer.text or "(nothing)"),
+        class_="answer" if answer.dropped else "answer full",
+    )
+
+
+_HEADINGS = (
+    "plan",
+    "dropped",
+    "KV of full",
+    "text: perplexity",
+    "KL",
+    "agreement",
+    "conversation: perplexity",
+    "KL",
+    "agreement",
+    "multiple choice",
+    "repeated",
+    "ended",
+)
+
+
+def _table(subjects: Sequence[Subject]) -> Markup:
+    rows = [
+        element(
+            "tr",
+            *(
+                element("td", cell, class_="left" if place == 0 else None)
+                for place, cell in enumerate(_cells(each, depth))
+            ),
+            class_="first" if number == 0 else None,
+        )
+        for each in subjects
+        for number, depth in enumerate(_depths(each))
+    ]
+    headings = [
+        element("th", name, class_="left" if place == 0 else None, scope="col")
+        for place, name in enumerate(_HEADINGS)
+    ]
+    table = element("table", element("thead", element("tr", *headings)), element("tbody", *rows))
+    return section(
+        "The figures",
+        "Perplexity is over the full model's; KL in nats a token; after ± one standard error. "
+        "Repeated: share of four-token runs that an answer of its own held before. Ended: share of "
+        "answers that ended by themselves.",
+        element("div", table, class_="panel wide"),
+    )
+
+
+def _depths(subject: Subject) -> list[int]:
+    found = subject.found
+    depths = {row.dropped for row in found.figures} | {row.dropped for row in found.choices}
+    return sorted(depths | {row.dropped for row in found.following})
+
+
+def _cells(subject: Subject, depth: int) -> list[str]:
+    cells = [subject.name, str(depth), f"{subject.kv_bytes(depth) / subject.kv_bytes(0):.0%}"]
+    for domain in ("text", "conversation"):
+        row = next((row for row in subject.rows(domain) if row.dropped == depth), None)
+        cells += (
+            ["", "", ""]
+            if row is None
+            else [
+                f"{row.perplexity_ratio:.3f} ± {row.perplexity_ratio_error:.3f}",
+                f"{row.kl:.3f} ± {row.kl_error:.3f}",
+                f"{row.agreement:.3f} ± {row.agreement_error:.3f}",
+            ]
+        )
+    choices = subject.choices().get(depth)
+    cells.append("" if not choices else "{:.3f} ± {:.3f}".format(*average_choices(choices)))
+    health = next((row for row in subject.found.health if row.dropped == depth), None)
+    cells += ["", ""] if health is None else [f"{health.repetition:.0%}", f"{health.finished:.0%}"]
+    return cells
