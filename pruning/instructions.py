@@ -8,15 +8,16 @@ counted, never judged. Imports lm_eval at once, so it is imported late.
 
 from __future__ import annotations
 
+import io
 import logging
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-with redirect_stdout(sys.stderr):  # it tells of a download there, even of one that failed
+# It tries to download data, and tells of it whether that worked or not.
+with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
     from lm_eval.tasks.ifeval import instructions_registry, utils
 
 import langdetect

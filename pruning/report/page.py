@@ -55,13 +55,22 @@ def _facts(subjects: Sequence[Subject], speeds: Sequence[Speed]) -> Markup:
         ),
         *((f"Plan: {each.name}", _plan(each)) for each in subjects),
         *(
-            (f"On {each.name}", f"{each.tokens:,} tokens in {each.samples} samples, {each.source}")
+            (
+                f"On {each.name}",
+                f"{each.tokens:,} tokens in {each.samples} samples of {_short(each.source)}",
+            )
             for each in found.domains
         ),
         *(("Speed", f"{each.title}; {each.device}") for each in speeds),
     ]
     pairs = [joined(element("dt", name), element("dd", fact)) for name, fact in facts]
     return element("dl", *pairs, class_="facts")
+
+
+def _short(source: str) -> str:
+    """Return a source's name and as much of its content's hash as a reader needs."""
+    name, _, content = source.partition(" ")
+    return f"{name} {content[:19]}".strip()
 
 
 def _plan(subject: Subject) -> str:

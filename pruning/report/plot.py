@@ -16,8 +16,8 @@ from pruning.report.markup import Markup, element, joined
 SERIES = 6
 """How many series have a look of their own."""
 
-_WIDTH, _HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 42
+_WIDTH, _HEIGHT = 340, 225
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 40
 _MARK = 4.0
 _LOG_TICKS = tuple(
     digit * 10.0**power for power in range(-3, 5) for digit in (1, 1.1, 1.25, 1.5, 2, 3, 5, 7)

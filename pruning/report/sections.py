@@ -3,6 +3,7 @@ measured. Captions say what was measured and how to read it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from pruning.evidence import Figures, average_choices
@@ -66,7 +67,8 @@ def _worth(layer: int, cost: float | None, highest: float) -> Cell:
     if cost is None:
         return Cell("", f"layer {layer}: not scored", None)
     share = cost / highest if highest > 0 else 0.0
-    return Cell("", f"layer {layer}: importance {cost:.5f}", max(0.0, min(1.0, share)))
+    shade = math.sqrt(max(0.0, min(1.0, share)))  # most layers are far below the highest
+    return Cell("", f"layer {layer}: importance {cost:.5f}", shade)
 
 
 def quality(subjects: Sequence[Subject]) -> Markup | None:

@@ -26,7 +26,9 @@ p { margin: 0 0 12px; max-width: 75ch; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 16px 0 0; }
 .facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0; min-width: 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; }
+.panels {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px;
+}
 .panel {
   background: var(--panel); border: 1px solid var(--rule); border-radius: 10px;
   padding: 14px 14px 10px; min-width: 0;
