@@ -245,7 +245,7 @@ def _answers(plans: Sequence[Measured]) -> str:
                     [
                         plan.name if row.dropped else "full model",
                         str(row.dropped),
-                        f"{row.mean_length:.0f}",
+                        f"{row.mean_length:.0f} ± {row.mean_length_error:.0f}",
                         _plus_minus(row.repetition, row.repetition_error),
                         _plus_minus(row.finished, row.finished_error),
                     ]

@@ -324,12 +324,14 @@ def _over_samples(values: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
 
 
 def _health(dropped: int, written: Sequence[Conversation]) -> Health:
+    length, length_error = mean_and_error([len(each.answer) for each in written])
     repeated, repeated_error = mean_and_error([repetition(e.answer.tolist()) for e in written])
     finished, finished_error = mean_and_error([each.finished for each in written])
     return Health(
         dropped=dropped,
         answers=len(written),
-        mean_length=sum(len(each.answer) for each in written) / len(written),
+        mean_length=length,
+        mean_length_error=length_error,
         repetition=repeated,
         repetition_error=repeated_error,
         finished=finished,

@@ -94,6 +94,7 @@ class Health:
     answers: int
     mean_length: float
     """Tokens."""
+    mean_length_error: float
     repetition: float
     """Share of the four-token runs that the same answer held before, mean over answers."""
     repetition_error: float

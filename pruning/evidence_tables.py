@@ -37,16 +37,16 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 def _domain(found: Evaluation, domain: Domain) -> Table:
     return _table(
         f"{domain.name}: {domain.tokens:,} predicted tokens of {domain.source[:40]}",
-        ("dropped", "ppl", "of full", "KL ± error", "p90", "p99", "agree", "p10"),
+        ("dropped", "ppl", "of full", "KL ± error", "p90", "p99", "agree ± error", "p10"),
         [
             (
                 f"{row.dropped} of {found.layers}",
                 f"{row.perplexity:.2f}",
                 f"{row.perplexity_ratio:.3f}x",
-                f"{row.kl:.3f} ± {row.kl_error:.3f}",
+                _plus_minus(row.kl, row.kl_error),
                 f"{row.kl_p90:.2f}",
                 f"{row.kl_p99:.2f}",
-                f"{row.agreement:.3f}",
+                _plus_minus(row.agreement, row.agreement_error),
                 f"{row.agreement_p10:.3f}",
             )
             for row in found.figures
@@ -63,7 +63,7 @@ def _health(found: Evaluation) -> Table:
             (
                 f"{row.dropped} of {found.layers}",
                 str(row.answers),
-                f"{row.mean_length:.1f}",
+                f"{row.mean_length:.1f} ± {row.mean_length_error:.1f}",
                 f"{row.repetition:.3f} ± {row.repetition_error:.3f}",
                 f"{row.finished:.0%} ± {row.finished_error:.0%}",
             )
