@@ -115,25 +115,24 @@ def _side_by_side(name: str, example: Example, *, with_full: bool) -> Markup:
 
 def _answer(name: str, answer: Answer) -> Markup:
     title = f"{name}, {answer.dropped} dropped" if answer.dropped else "full model"
-    ending = "" if answer.finished else " (not ended)"
+    ending = None if answer.finished else element("small", " not ended")
     return element(
         "article",
-        element("h3", title + ending),
+        element("h3", title, ending),
         element("pre", answer.text or "(nothing)"),
         class_="answer" if answer.dropped else "answer full",
     )
 
 
+_GROUPS = (("", 3), ("text", 3), ("conversation", 3), ("", 1), ("own answers", 2))
+"""Headings above those of columns, each over so many."""
+_DOMAIN_HEADINGS = ("perplexity", "KL", "agreement")
 _HEADINGS = (
     "plan",
     "dropped",
     "KV of full",
-    "text: perplexity",
-    "KL",
-    "agreement",
-    "conversation: perplexity",
-    "KL",
-    "agreement",
+    *_DOMAIN_HEADINGS,
+    *_DOMAIN_HEADINGS,
     "multiple choice",
     "repeated",
     "ended",
@@ -142,28 +141,22 @@ _HEADINGS = (
 
 def _table(subjects: Sequence[Subject]) -> Markup:
     rows = [
-        element(
-            "tr",
-            *(
-                element("td", cell, class_="left" if place == 0 else None)
-                for place, cell in enumerate(_cells(each, depth))
-            ),
-            class_="first" if number == 0 else None,
-        )
+        element("tr", *_row(each, depth), class_="first" if number == 0 else None)
         for each in subjects
         for number, depth in enumerate(_depths(each))
     ]
+    groups = [element("th", name, class_="group", colspan=span) for name, span in _GROUPS]
     headings = [
         element("th", name, class_="left" if place == 0 else None, scope="col")
         for place, name in enumerate(_HEADINGS)
     ]
-    table = element("table", element("thead", element("tr", *headings)), element("tbody", *rows))
+    head = element("thead", element("tr", *groups), element("tr", *headings))
     return section(
         "The figures",
         "Perplexity is over the full model's; KL in nats a token; after ± one standard error. "
-        "Repeated: share of four-token runs that an answer of its own held before. Ended: share of "
-        "answers that ended by themselves.",
-        element("div", table, class_="panel wide"),
+        "Repeated: share of four-token runs that an answer held before. Ended: share of answers "
+        "that ended by themselves.",
+        element("div", element("table", head, element("tbody", *rows)), class_="panel wide"),
     )
 
 
@@ -173,21 +166,34 @@ def _depths(subject: Subject) -> list[int]:
     return sorted(depths | {row.dropped for row in found.following})
 
 
-def _cells(subject: Subject, depth: int) -> list[str]:
-    cells = [subject.name, str(depth), f"{subject.kv_bytes(depth) / subject.kv_bytes(0):.0%}"]
+def _row(subject: Subject, depth: int) -> list[Markup]:
+    share = subject.kv_bytes(depth) / subject.kv_bytes(0)
+    cells = [
+        element("td", subject.name, class_="left"),
+        element("td", str(depth)),
+        element("td", f"{share:.0%}"),
+    ]
     for domain in ("text", "conversation"):
         row = next((row for row in subject.rows(domain) if row.dropped == depth), None)
-        cells += (
-            ["", "", ""]
-            if row is None
-            else [
-                f"{row.perplexity_ratio:.3f} ± {row.perplexity_ratio_error:.3f}",
-                f"{row.kl:.3f} ± {row.kl_error:.3f}",
-                f"{row.agreement:.3f} ± {row.agreement_error:.3f}",
-            ]
-        )
+        if row is None:
+            cells += [element("td")] * len(_DOMAIN_HEADINGS)
+            continue
+        cells += [
+            _measured(row.perplexity_ratio, row.perplexity_ratio_error),
+            _measured(row.kl, row.kl_error),
+            _measured(row.agreement, row.agreement_error),
+        ]
     choices = subject.choices().get(depth)
-    cells.append("" if not choices else "{:.3f} ± {:.3f}".format(*average_choices(choices)))
+    cells.append(_measured(*average_choices(choices)) if choices else element("td"))
     health = next((row for row in subject.found.health if row.dropped == depth), None)
-    cells += ["", ""] if health is None else [f"{health.repetition:.0%}", f"{health.finished:.0%}"]
-    return cells
+    if health is None:
+        return [*cells, element("td"), element("td")]
+    return [
+        *cells,
+        _measured(health.repetition, health.repetition_error),
+        _measured(health.finished, health.finished_error),
+    ]
+
+
+def _measured(value: float, error: float) -> Markup:
+    return element("td", f"{value:.3f}", element("small", f" ± {error:.3f}"))

@@ -128,11 +128,21 @@ class Cell:
 
 
 def grid(
-    columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], label: str, margin: float
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Cell]]],
+    label: str,
+    *,
+    margin: float,
+    side: float = 26.0,
 ) -> Markup:
-    """Return rows of cells under column headings; label says what the columns are, and margin is
-    the width of the rows' names."""
-    side, height = 26.0, 26.0
+    """Return rows of cells under column headings.
+
+    Args:
+        label: says what the columns are.
+        margin: the width of the rows' names.
+        side: the width of a cell.
+    """
+    height = 26.0
     width = margin + side * len(columns) + 4
     below = 20 + height * len(rows)
     return element(

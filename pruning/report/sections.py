@@ -50,7 +50,7 @@ def importance(subjects: Sequence[Subject]) -> Markup | None:
         "stream.",
         element(
             "figure",
-            grid(list(map(str, range(layers))), rows, "layer", 150),
+            grid(list(map(str, range(layers))), rows, "layer", margin=150),
             class_="panel wide",
         ),
     )
@@ -136,7 +136,7 @@ _MEASURES = (
 def departures(subjects: Sequence[Subject]) -> Markup | None:
     """Show what multiple choice sees beside what text and conversation see, plan by plan."""
     figures = [
-        panel(each.name, line_plot(lines, Axes(DROPPED, "share of full", y_range=(0.0, 1.1))))
+        panel(each.name, line_plot(lines, Axes(DROPPED, "share of full")))
         for each in subjects
         if len(lines := _shares(each)) > 1
     ]
@@ -295,7 +295,7 @@ def retrieval(subjects: Sequence[Subject]) -> Markup | None:
     return section(
         "Retrieval from long text",
         "A sentence with a made-up name and number is hidden at a place in text, and asked for at "
-        "the end. Shaded is the share of trials in which greedy decoding would write the number.",
+        "the end. Cells: in how many trials, in %, greedy decoding would write the number.",
         element("div", *figures, class_="panels small"),
     )
 
@@ -318,7 +318,7 @@ def _found(subject: Subject, depth: int) -> Markup:
             )
             cells.append(Cell(f"{row.found:.0%}".removesuffix("%"), title, row.found))
         lines.append((f"{length:,} tokens", cells))
-    return grid([f"{place}%" for place in places], lines, "place in the text; cells in %", 90)
+    return grid([str(each) for each in places], lines, "place in the text, %", margin=90, side=42)
 
 
 def following(subjects: Sequence[Subject]) -> Markup | None:
@@ -342,7 +342,7 @@ def following(subjects: Sequence[Subject]) -> Markup | None:
         for each in checked
     ]
     left_out = (
-        f" {first.left_out} prompts were left out: their checks need data that was not there."
+        f" Left out: {first.left_out}, whose checks need data that was not there."
         if first.left_out
         else ""
     )

@@ -59,22 +59,25 @@ svg .heat { fill: var(--heat); } svg .empty { fill: none; stroke: var(--rule); }
 }
 .legend li { display: flex; align-items: center; gap: 8px; }
 table {
-  border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; width: 100%;
+  border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; width: 100%;
 }
 th, td {
-  padding: 5px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
+  padding: 5px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule);
 }
-th { color: var(--soft); font-weight: 600; } th.left, td.left { text-align: left; }
+td small { display: block; color: var(--soft); font-size: 0.75rem; line-height: 1.1; }
+th { color: var(--soft); font-weight: 600; } th.group { text-align: center; }
+th.left, td.left { text-align: left; }
 tr.first td { border-top: 2px solid var(--axis); }
 .prompt {
   white-space: pre-wrap; overflow-wrap: anywhere; font-weight: 600; margin: 28px 0 10px;
   max-width: none;
 }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; }
+.answers { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px; }
 .answer {
   background: var(--panel); border: 1px solid var(--rule); border-radius: 10px;
   padding: 12px 14px; min-width: 0;
 }
+.answer h3 small { font-weight: 400; color: var(--soft); }
 .answer.full { border-color: var(--accent); }
 .answer pre {
   white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit; font-size: 0.875rem;
@@ -90,7 +93,10 @@ summary { cursor: pointer; color: var(--accent); font-size: 0.875rem; }
   @page { size: A4; margin: 14mm; }
   body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
-  h2 { margin-top: 22px; break-after: avoid; }
+  h2 { margin-top: 22px; }
+  h2, h2 + p, .legend, .prompt { break-after: avoid; }
+  .answers { grid-template-columns: repeat(4, 1fr); gap: 8px; }
+  td small { font-size: 6.5pt; }
   figure, .panel, .answer, tr { break-inside: avoid; }
   .panels { grid-template-columns: 1fr 1fr; gap: 10px; }
   .wide { overflow: visible; } svg.grid { min-width: 0; }
