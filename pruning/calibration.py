@@ -244,7 +244,7 @@ def sample_tokens(
     finished: list[Tensor] = []
     for first in range(0, samples, together):
         rows = min(together, samples - first)
-        ids = torch.full((rows, 1), _first_token(base), dtype=torch.int64)
+        ids = torch.full((rows, 1), first_token(base), dtype=torch.int64)
         columns = [ids]
         for column in _continuation(base, ids, length - 1, generator):
             columns.append(column)
@@ -253,7 +253,7 @@ def sample_tokens(
     return torch.cat(finished)
 
 
-def _first_token(base: BaseModel) -> int:
+def first_token(base: BaseModel) -> int:
     for token in (base.tokenizer.bos_token_id, base.tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
@@ -283,8 +283,16 @@ def _continuation(
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Draw one token per row [rows, vocabulary]; returns [rows, 1] on the CPU.
 
-    By inversion of the cumulative distribution: one random number a row, drawn on the CPU, so
-    that a seed means the same on every device, and several times faster than torch.multinomial.
+    One random number a row, drawn on the CPU, so that a seed means the same on every device.
+    """
+    return drawn_at(logits, torch.rand(len(logits), 1, generator=generator, dtype=torch.float64))
+
+
+def drawn_at(logits: Tensor, points: Tensor) -> Tensor:
+    """Return the token of each row [rows, vocabulary] that a random number [rows, 1] draws.
+
+    By inversion of the cumulative distribution, several times faster than torch.multinomial.
+    Returns [rows, 1] on the CPU.
     """
     cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -293,8 +301,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
             f"the base model's logits are not finite in {str(logits.dtype).removeprefix('torch.')};"
             " load it with --dtype bfloat16 or float32"
         )
-    point = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
-    chosen = torch.searchsorted(cumulative, point.to(total.device) * total, right=True)
+    chosen = torch.searchsorted(cumulative, points.to(total.device) * total, right=True)
     return chosen.clamp_(max=logits.shape[-1] - 1).cpu()
 
 

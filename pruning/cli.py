@@ -26,6 +26,7 @@ from pruning.calibration import CalibrationError
 from pruning.checkpoint import CheckpointError
 from pruning.distil import HealError
 from pruning.divergence import DivergenceError, Quality
+from pruning.evidence import EvidenceError
 from pruning.export.errors import ExportError
 from pruning.importance import ImportanceError
 from pruning.llm_drop import plan_from_llm_drop, write_drop_lists
@@ -53,6 +54,7 @@ USER_ERRORS = (
     BudgetError,
     SubstituteError,
     PlanError,
+    EvidenceError,
     ExportError,
     CheckpointError,
     HealError,

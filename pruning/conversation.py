@@ -1,14 +1,15 @@
 """Conversations: chat prompts from a file, and answers that a model writes to them.
 
-Answers are sampled at temperature 1: one conversation at a time, each from a seed of its own, so
-that two variants get the same random numbers; or, to train on, many together. Knows the chat
-template and how to decode; knows nothing of scores.
+Answers are written in batches over a dense KV cache. Where they are drawn, each has a seed of its
+own, so that two variants get the same random numbers. Knows the chat template and how to decode;
+knows nothing of scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from pruning.attention import GrowingAttention
-from pruning.calibration import CalibrationError, Progress, draw, json_records, rendered, silent
+from pruning.calibration import (
+    CalibrationError,
+    Progress,
+    drawn_at,
+    json_records,
+    rendered,
+    silent,
+)
 from pruning.loading import BaseModel
 from pruning.sublayers import rows_attending
+
+_TOGETHER = {"cpu": 8, "cuda": 128}
+"""Answers that are written at one time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +54,9 @@ def prompts_in(path: str) -> int:
     return len(json_records(Path(path)))
 
 
-def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
-    """Return `count` prompts of a JSON-lines file at an even stride, as rendered tokens.
+def chat_messages(path: Path, count: int) -> list[list[dict[str, Any]]]:
+    """Return the messages of `count` lines of a JSON-lines file at an even stride, up to where an
+    answer is wanted.
 
     Each line has `messages` (what follows the last user message is left out), `prompt`, or `turns`,
     of which the first is taken.
@@ -52,97 +64,151 @@ def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
     Raises:
         CalibrationError: the file is not usable or holds fewer prompts.
     """
-    records = json_records(Path(path))
+    records = json_records(path)
     if len(records) < count:
         raise CalibrationError(f"{path} holds {len(records)} prompts, fewer than the {count} asked")
     chosen = [index * len(records) // count for index in range(count)]
-    texts = [
-        rendered(_messages(path, index + 1, records[index]), base.tokenizer, for_answer=True)
-        for index in chosen
-    ]
-    return [torch.tensor(base.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    return [_messages(str(path), index + 1, records[index]) for index in chosen]
 
 
-def answered(
-    base: BaseModel, prompt: Tensor, most: int, seed: int, dropped: Collection[int] = ()
-) -> Conversation:
-    """Return a prompt [tokens] with the answer that a variant writes, of at most `most` tokens.
+def prompt_tokens(base: BaseModel, messages: list[dict[str, Any]]) -> Tensor:
+    """Return messages as the chat template renders them, up to where the answer begins, [tokens].
+
+    Raises:
+        CalibrationError: the template cannot render them.
+    """
+    text = rendered(messages, base.tokenizer, for_answer=True)
+    return torch.tensor(base.tokenizer.encode(text, add_special_tokens=False))
+
+
+def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
+    """Return the tokens of `count` prompts of a file: both of the above."""
+    return [prompt_tokens(base, messages) for messages in chat_messages(Path(path), count)]
+
+
+def sampled(
+    base: BaseModel,
+    prompts: Sequence[Tensor],
+    most: int,
+    seeds: Sequence[int],
+    dropped: Collection[int] = (),
+    progress: Progress = silent,
+    what: str = "writing answers",
+) -> list[Conversation]:
+    """Return each prompt [tokens] with the answer that a variant draws at temperature 1, of at most
+    `most` tokens, from a seed of its own: answers do not depend on which others are asked for.
 
     The substitutes that stand in the base model's dropped sublayers are used.
     """
-    generator = torch.Generator().manual_seed(seed)
-    attend, ids, start = GrowingAttention(), prompt, 0
-    answer: list[int] = []
-    while len(answer) < most and not base.end_tokens.intersection(answer[-1:]):
-        logits = _logits(base, ids, start, attend, dropped)
-        start += len(ids)
-        ids = draw(logits, generator)[0]
-        answer.append(int(ids))
-    return Conversation(prompt, torch.tensor(answer), answer[-1] in base.end_tokens)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        points = [torch.rand(1, generator=generators[r], dtype=torch.float64) for r in rows]
+        return drawn_at(logits, torch.stack(points))
+
+    return _answered(base, prompts, most, choose, dropped, partial(progress, what))
 
 
-def answered_together(
-    base: BaseModel, prompts: Sequence[Tensor], most: int, seed: int, progress: Progress = silent
+def greedy(
+    base: BaseModel,
+    prompts: Sequence[Tensor],
+    most: int,
+    dropped: Collection[int] = (),
+    progress: Progress = silent,
+    what: str = "writing answers",
 ) -> list[Conversation]:
-    """Return prompts, each [tokens], with the full model's answers of at most `most` tokens, in
-    order. All are written at once: many times faster than one by one, and with other random
-    numbers."""
-    longest = max(map(len, prompts))
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
-    ids = torch.stack([functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
-    generator = torch.Generator().manual_seed(seed)
-    attend = GrowingAttention(padding.to(base.device))
-    columns: list[Tensor] = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    ends = torch.tensor(sorted(base.end_tokens))
-    while len(columns) < most and not bool(ended.all()):
-        start = longest + len(columns) - ids.shape[1]
-        positions = torch.arange(start, start + ids.shape[1]) - padding[:, None]
-        ids = draw(_batch_logits(base, ids, positions.clamp(min=0), attend), generator)
-        columns.append(ids)
-        ended |= torch.isin(ids[:, 0], ends)
-        progress("writing answers", len(columns), most)
-    written = torch.cat(columns, dim=1)
+    """Return each prompt with the answer of the most likely tokens; otherwise as `sampled`."""
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        return logits.argmax(-1, keepdim=True).cpu()
+
+    return _answered(base, prompts, most, choose, dropped, partial(progress, what))
+
+
+_Choose = Callable[[Tensor, Sequence[int]], Tensor]
+"""Logits [rows, vocabulary] and which prompts the rows are of, to tokens [rows, 1] on the CPU."""
+
+
+def _answered(
+    base: BaseModel,
+    prompts: Sequence[Tensor],
+    most: int,
+    choose: _Choose,
+    dropped: Collection[int],
+    progress: Callable[[int, int], None],
+) -> list[Conversation]:
+    """Answer prompts of like length together."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    together = _TOGETHER.get(base.device.type, _TOGETHER["cpu"])
+    answers: dict[int, list[int]] = {}
+    for first in range(0, len(order), together):
+        rows = order[first : first + together]
+        batch = _Batch(base, [prompts[row] for row in rows], set(dropped))
+        for step in range(most):
+            tokens = choose(batch.logits(), rows)[:, 0].tolist()
+            batch.append(tokens)
+            progress(first * most + (step + 1) * len(rows), len(prompts) * most)
+            if batch.ended:
+                break
+        answers.update(zip(rows, batch.answers, strict=True))
+    progress(len(prompts) * most, len(prompts) * most)
+    ends = base.end_tokens
     return [
-        _ended(prompt, row, ends) for prompt, row in zip(prompts, written.unbind(), strict=True)
+        Conversation(prompt, torch.tensor(answers[index]), answers[index][-1] in ends)
+        for index, prompt in enumerate(prompts)
     ]
 
 
-def _ended(prompt: Tensor, written: Tensor, ends: Tensor) -> Conversation:
-    """Return the conversation up to the first end token, which is kept."""
-    found = torch.isin(written, ends).nonzero()[:1].flatten().tolist()
-    answer = written[: found[0] + 1] if found else written
-    return Conversation(prompt, answer, bool(found))
+class _Batch:
+    """Prompts of several lengths that grow by a token each, padded on the left.
 
+    ::
 
-@torch.inference_mode()
-def _batch_logits(
-    base: BaseModel, ids: Tensor, positions: Tensor, attend: GrowingAttention
-) -> Tensor:
-    """Return the logits after ids at positions, both [batch, rows], as [batch, vocabulary]."""
-    output = base.model(
-        ids.to(base.device),
-        position_ids=positions.to(base.device),
-        attend=attend,
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]  # type: ignore[no-any-return]
+        [  .  .  a  b  c | x  y  z ]     a, b, c: a prompt at positions 0, 1, 2
+        [  d  e  f  g  h | u  .  . ]     an answer that has ended; what follows it is thrown away
+    """
 
+    def __init__(self, base: BaseModel, prompts: Sequence[Tensor], dropped: set[int]) -> None:
+        self._base, self._dropped = base, dropped
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        self._padding = torch.tensor(padding, device=base.device)[:, None]
+        self._attend = GrowingAttention(self._padding[:, 0] if any(padding) else None)
+        self._ids = torch.stack(
+            [functional.pad(p, (n, 0)) for p, n in zip(prompts, padding, strict=True)]
+        )
+        self._start = 0
+        self.answers: list[list[int]] = [[] for _ in prompts]
 
-@torch.inference_mode()
-def _logits(
-    base: BaseModel, ids: Tensor, start: int, attend: GrowingAttention, dropped: Collection[int]
-) -> Tensor:
-    """Return the logits after ids [rows] at positions from `start` on, [1, vocabulary]."""
-    positions = torch.arange(start, start + len(ids), device=base.device)
-    output = base.model(
-        ids[None].to(base.device),
-        position_ids=positions[None],
-        attend=attend,
-        attending_rows=rows_attending(base.layers, len(ids), set(dropped)),
-        logits_to_keep=1,
-    )
-    return output.logits[:, -1]  # type: ignore[no-any-return]
+    @property
+    def ended(self) -> bool:
+        """Whether every answer has come to its end."""
+        return all(map(self._is_whole, self.answers))
+
+    def _is_whole(self, answer: Sequence[int]) -> bool:
+        return not self._base.end_tokens.isdisjoint(answer[-1:])
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """Return what follows each sequence, [sequences, vocabulary]."""
+        base, rows = self._base, self._ids.shape[1]
+        columns = torch.arange(self._start, self._start + rows, device=base.device)
+        output = base.model(
+            self._ids.to(base.device),
+            position_ids=(columns - self._padding).clamp(min=0),
+            attend=self._attend,
+            attending_rows=rows_attending(base.layers, rows, self._dropped),
+            logits_to_keep=1,
+        )
+        self._start += rows
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add a token to each sequence; answers that have ended stay as they are."""
+        for answer, token in zip(self.answers, tokens, strict=True):
+            if not self._is_whole(answer):
+                answer.append(token)
+        self._ids = torch.tensor(tokens)[:, None]
 
 
 def _messages(path: str, line: int, record: Any) -> list[dict[str, Any]]:

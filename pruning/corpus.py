@@ -32,7 +32,7 @@ from pruning.calibration import (
     silent,
     whole_file,
 )
-from pruning.conversation import Conversation, answered_together, chat_prompts, prompts_in
+from pruning.conversation import Conversation, chat_prompts, prompts_in, sampled
 from pruning.families import context_limit, kv_shape
 from pruning.files import write_atomically
 from pruning.loading import BaseModel
@@ -240,17 +240,8 @@ class _Maker:
                 path,
                 self._request.length - most,
             )
-        found: list[Conversation] = []
-        for first in range(0, len(fitting), self._together):
-            part = fitting[first : first + self._together]
-
-            def report(what: str, done: int, total: int, begun: int = first) -> None:
-                written = begun + self._together * done // total
-                self._progress(what, min(written, len(fitting)), len(fitting))
-
-            found += answered_together(self._base, part, most, self._seed + first, report)
-            report("writing answers", 1, 1)
-        return self._rows(found)
+        seeds = range(self._seed, self._seed + len(fitting))
+        return self._rows(sampled(self._base, fitting, most, seeds, progress=self._progress))
 
     def _rows(self, conversations: Sequence[Conversation]) -> Rows:
         filler = int(next(iter(sorted(self._base.end_tokens)), 0))

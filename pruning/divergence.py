@@ -12,20 +12,17 @@ models that are compared with it in one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pruning.families import logit_form
+from pruning.head import Head
 from pruning.loading import BaseModel
 
 _MOST_LOSS = 700.0
 """exp of more is beyond a float; a loss of 700 nats is as useless as any greater one."""
-_LOGITS = {"cpu": 6 << 20, "cuda": 64 << 20}
-"""Logits of one model that exist at one time: 25 MB on a CPU, a few times that with what is made
-of them."""
 
 
 class DivergenceError(ValueError):
@@ -88,12 +85,9 @@ class FullDistribution:
     def __init__(self, base: BaseModel, last: Tensor, targets: Tensor) -> None:
         """last is [tokens, width], what the full model's head sees; targets [tokens], the tokens
         that follow."""
-        self._head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self._form = logit_form(base.model.config)
+        self._head = Head(base)
         self._last = last
         self._targets = targets.to(last.device)
-        logits = _LOGITS.get(last.device.type, _LOGITS["cpu"])
-        self._rows = max(1, logits // int(base.model.config.get_text_config().vocab_size))
 
     def baseline(self) -> Baseline:
         """Return what the full model itself is on these tokens.
@@ -103,8 +97,8 @@ class FullDistribution:
         """
         with torch.inference_mode():
             losses = [
-                _loss(self._logprobs(self._last[rows]), self._targets[rows])
-                for rows in self._slices()
+                _loss(self._head.logprobs(self._last[rows]), self._targets[rows])
+                for rows in self._head.slices(len(self._targets))
             ]
         loss = torch.cat(losses).cpu()
         self._check_finite(loss)
@@ -118,24 +112,13 @@ class FullDistribution:
             DivergenceError: a model's logits are not finite.
         """
         parts: list[list[_Rows]] = [[] for _ in others]
-        for rows in self._slices():
-            full = self._logprobs(self._last[rows])
+        for rows in self._head.slices(len(self._targets)):
+            full = self._head.logprobs(self._last[rows])
             probabilities = full.exp()
             for other, found in zip(others, parts, strict=True):
-                pruned = self._logprobs(other[rows])
+                pruned = self._head.logprobs(other[rows])
                 found.append(_compared(full, probabilities, pruned, self._targets[rows]))
         return [self._joined(found) for found in parts]
-
-    def _slices(self) -> Iterator[slice]:
-        for start in range(0, len(self._targets), self._rows):
-            yield slice(start, start + self._rows)
-
-    def _logprobs(self, last: Tensor) -> Tensor:
-        """Return [rows, vocabulary] in float32."""
-        logits = self._head(last).float() / self._form.divisor
-        if (cap := self._form.softcap) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return torch.log_softmax(logits, dim=-1)
 
     def _joined(self, parts: Sequence[_Rows]) -> Divergence:
         found = Divergence(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))

@@ -5,14 +5,11 @@ The table goes to stdout, progress and errors to stderr. Knows the options; eval
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pruning.calibration import SELF
 from pruning.cli import (
@@ -23,10 +20,11 @@ from pruning.cli import (
     progress_bars,
     user_errors,
 )
-from pruning.evaluate import Amount, Evaluation, evaluate
-from pruning.files import write_atomically
+from pruning.evaluate import Evaluator
+from pruning.evidence import Amount, Evaluation, EvidenceError, write_evidence
+from pruning.evidence_tables import tables
 from pruning.loading import EMBEDDED_MODEL, load_base_model
-from pruning.plan import Plan, PlanError, parse_drop, read_with_substitutes
+from pruning.plan import Plan, parse_drop, read_with_substitutes
 from pruning.plan_cache import PlanRequest
 from pruning.substitutes import Substitutes
 
@@ -54,6 +52,42 @@ def evaluate_command(
             "model answers. Repeatable."
         ),
     ] = None,
+    multiple_choice: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A JSON-lines file of questions (prompt, choices, gold; or prompts, continuation, "
+            "gold). Repeatable."
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A task of lm-evaluation-harness by its name, or a file of questions to be scored "
+            "by it. Repeatable."
+        ),
+    ] = None,
+    ifeval: Annotated[
+        list[Path] | None,
+        typer.Option(help="A JSON-lines file of prompts with IFEval's instructions. Repeatable."),
+    ] = None,
+    instructions: Annotated[
+        int, typer.Option(min=1, help="Of these prompts at most, at an even stride.")
+    ] = DEFAULT.instructions,
+    instructed_answer: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer to them at most.")
+    ] = DEFAULT.instructed_answer,
+    needle: Annotated[
+        str, typer.Option(help="Tokens of texts to hide a sentence in, like 512,1024,2048.")
+    ] = "",
+    needle_depths: Annotated[
+        str, typer.Option(help="Where in the text, in percent.")
+    ] = "0,25,50,75,100",
+    needles: Annotated[
+        int, typer.Option(min=1, help="Sentences for each length and place.")
+    ] = DEFAULT.needles,
+    items: Annotated[
+        int, typer.Option(min=1, help="Questions of each file or task at most, at an even stride.")
+    ] = DEFAULT.items,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = DEFAULT.windows,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = DEFAULT.length,
     prompts: Annotated[int, typer.Option(min=1, help="Conversations.")] = DEFAULT.prompts,
@@ -65,12 +99,27 @@ def evaluate_command(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure what dropping costs, beside the full model, on text and on conversation."""
+    """Measure what dropping costs, beside the full model."""
     with user_errors():
-        if not (text or conversation):
-            raise PlanError("name something to measure on: --text FILE or --conversation FILE")
+        if not (text or conversation or multiple_choice or task or ifeval or needle):
+            raise EvidenceError(
+                "name something to measure on: --text FILE, --conversation FILE, "
+                "--multiple-choice FILE, --task NAME, --ifeval FILE or --needle LENGTHS"
+            )
         base = load_base_model(model, dtype=dtype, device=device)
-        amount = Amount(windows, length, prompts, answer, seed)
+        amount = Amount(
+            windows=windows,
+            length=length,
+            prompts=prompts,
+            answer=answer,
+            seed=seed,
+            items=items,
+            instructions=instructions,
+            instructed_answer=instructed_answer,
+            needles=needles,
+        )
+        lengths = _numbers("--needle", needle, 1, 1 << 20)
+        places = _numbers("--needle-depths", needle_depths, 0, 100)
         with progress_bars() as progress:
             if plan is None:
                 found, _ = plan_cache().load_or_compute(base, PlanRequest((SELF,)), progress)
@@ -78,12 +127,21 @@ def evaluate_command(
             else:
                 found, substitutes = read_with_substitutes(plan)
                 found.check_fits(base)
-            depths = _depths(found, drop)
-            result = evaluate(
-                base, found, substitutes, depths, text or (), conversation or (), amount, progress
-            )
+            evaluator = Evaluator(base, found, substitutes, _depths(found, drop), amount, progress)
+            for source in text or ():
+                evaluator.text(source)
+            for source in conversation or ():
+                evaluator.conversation(source)
+            for path in multiple_choice or ():
+                evaluator.multiple_choice(path)
+            for path in ifeval or ():
+                evaluator.instructions(path)
+            evaluator.needle((text or [SELF])[0], lengths, places)
+            if task:
+                evaluator.tasks(task)
+        result = evaluator.result()
         if output is not None:
-            _write(output, result)
+            write_evidence(output, result)
     _print(result, found, substitutes)
 
 
@@ -94,11 +152,13 @@ def _depths(plan: Plan, drops: list[str] | None) -> list[int]:
     ]
 
 
-def _write(path: Path, result: Evaluation) -> None:
-    try:
-        write_atomically(path, (json.dumps(asdict(result), indent=2) + "\n").encode())
-    except OSError as error:
-        raise PlanError(f"cannot write {path}: {error.strerror}; choose another place") from error
+def _numbers(option: str, text: str, least: int, most: int) -> list[int]:
+    """Return the numbers that `512,1024` names; none for an empty text."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and least <= int(part[:9]) <= most):
+            raise EvidenceError(f"{option} takes numbers of {least} to {most}, not {part!r:.40}")
+    return [int(part) for part in parts]
 
 
 def _print(result: Evaluation, plan: Plan, substitutes: Substitutes | None) -> None:
@@ -108,45 +168,8 @@ def _print(result: Evaluation, plan: Plan, substitutes: Substitutes | None) -> N
         f"{result.device}",
         highlight=False,
     )
-    for domain in result.domains:
-        table = Table(
-            title=f"{domain.name}: {domain.tokens:,} predicted tokens of {domain.source[:40]}",
-            box=None,
-            title_justify="left",
-        )
-        for heading in ("dropped", "ppl", "of full", "KL ± error", "p90", "p99", "agree", "p10"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row in result.figures:
-            if row.domain == domain.name:
-                table.add_row(
-                    f"{row.dropped} of {plan.model.layers}",
-                    f"{row.perplexity:.2f}",
-                    f"{row.perplexity_ratio:.3f}x",
-                    f"{row.kl:.3f} ± {row.kl_error:.3f}",
-                    f"{row.kl_p90:.2f}",
-                    f"{row.kl_p99:.2f}",
-                    f"{row.agreement:.3f}",
-                    f"{row.agreement_p10:.3f}",
-                )
+    for table in tables(result):
         console.print(table)
-    _print_health(console, result)
     if substitutes is not None:
         for depth in sorted({row.dropped for row in result.figures} - {0}):
             console.print(f"{depth} dropped: {substitutes.described(plan.dropped_layers(depth))}")
-
-
-def _print_health(console: Console, result: Evaluation) -> None:
-    if not result.health:
-        return
-    table = Table(title="answers that each wrote itself", box=None, title_justify="left")
-    for heading in ("dropped", "answers", "mean tokens", "repetition", "ended by themselves"):
-        table.add_column(heading, justify="right")
-    for row in result.health:
-        table.add_row(
-            str(row.dropped),
-            str(row.answers),
-            f"{row.mean_length:.1f}",
-            f"{row.repetition:.3f}",
-            f"{row.finished:.0%}",
-        )
-    console.print(table)

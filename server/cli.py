@@ -1,5 +1,5 @@
 """The command line: `attndrop serve`, `gateway`; from the pruning library `plan`, `evaluate`,
-`heal`, `export`.
+`heal`, `report`, `export`.
 
 Options are made from the settings, so that a setting is described once.
 """
@@ -28,6 +28,7 @@ from pruning.evaluation_cli import evaluate_command
 from pruning.export.cli import export_command
 from pruning.heal_cli import heal_command
 from pruning.quantised import QuantisationError
+from pruning.report.cli import report_command
 from pruning.selection import DEFAULT_STRATEGY
 from pruning.variants import VariantError
 from server import __version__
@@ -61,6 +62,7 @@ app.add_typer(plan_app, name="plan")
 app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("heal")(heal_command)
+app.command("report")(report_command)
 
 
 def _print_version(wanted: bool) -> None:

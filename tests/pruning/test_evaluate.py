@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from pruning.calibration import CalibrationError, calibrate
-from pruning.conversation import answered, answered_together, chat_prompts
+from pruning.conversation import chat_prompts, greedy, sampled
 from pruning.evaluate import repetition
+from pruning.evidence import read_evidence
 from pruning.plan import read_with_substitutes
 from server.cli import app
 from tests.pruning.tiny_models import EOS, ids, tiny_base, tiny_model
@@ -84,7 +85,7 @@ def test_conversation_is_judged_on_the_full_models_answers(folder, tmp_path):
     found = json.loads(out.read_text())
     base = tiny_base(layers=LAYERS)
     prompts = chat_prompts(str(folder / "chat.jsonl"), base, 2)
-    answers = [answered(base, prompt, 9, 3 + index) for index, prompt in enumerate(prompts)]
+    answers = sampled(base, prompts, 9, [3, 4])
     assert found["domains"][0]["tokens"] == sum(len(each.answer) for each in answers)
     plain = tiny_model(layers=LAYERS)
     loss, count = 0.0, 0
@@ -116,50 +117,42 @@ class TestConversations:
             ids("user: yes\nassistant: no\nuser: so\n"),
         ]
 
-    def test_answers_are_the_variants_own_draws(self):
-        """Replaying the draws over whole sequences gives the same tokens."""
-        base, prompt = tiny_base(), torch.tensor(ids("so: "))
-        written = answered(base, prompt, 12, seed=4, dropped=[2])
-        plain, generator = silenced(tiny_model(), [2]), torch.Generator().manual_seed(4)
-        sequence = prompt
-        for token in written.answer:
-            with torch.no_grad():
-                logits = plain(sequence[None]).logits[0, -1]
-            sums = torch.softmax(logits, -1).double().cumsum(-1)
-            point = torch.rand(1, 1, generator=generator, dtype=torch.float64) * sums[-1]
-            assert int((sums <= point).sum()) == int(token)
-            sequence = torch.cat([sequence, token[None]])
-        assert written.finished == (int(written.answer[-1]) == EOS)
+    @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+    def test_answers_are_the_variants_own_draws(self, family):
+        """Replaying the draws over whole sequences, one by one, gives the same tokens."""
+        base, plain = tiny_base(family), silenced(tiny_model(family), [2])
+        prompts = [torch.tensor(ids(text)) for text in ("so: ", "who is it?", "a")]
+        for seed, written in enumerate(sampled(base, prompts, 12, [0, 1, 2], [2])):
+            generator, sequence = torch.Generator().manual_seed(seed), prompts[seed]
+            for token in written.answer:
+                with torch.no_grad():
+                    logits = plain(sequence[None]).logits[0, -1]
+                sums = torch.softmax(logits, -1).double().cumsum(-1)
+                point = torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1]
+                assert int((sums <= point).sum()) == int(token)
+                sequence = torch.cat([sequence, token[None]])
+            assert written.finished == (int(written.answer[-1]) == EOS)
+            assert written.finished or len(written.answer) == 12
+
+    def test_greedy_answers_are_the_most_likely_tokens(self):
+        base, plain = tiny_base(), silenced(tiny_model(), [1])
+        prompts = [torch.tensor(ids(text)) for text in ("so: ", "who is it?")]
+        for prompt, written in zip(prompts, greedy(base, prompts, 8, [1]), strict=True):
+            sequence = prompt
+            for token in written.answer:
+                with torch.no_grad():
+                    assert int(plain(sequence[None]).logits[0, -1].argmax()) == int(token)
+                sequence = torch.cat([sequence, token[None]])
 
     def test_an_answer_ends_with_the_end_token(self):
         base = tiny_base()
         base.model.lm_head.weight.data.zero_()
         base.model.lm_head.weight.data[EOS] = 100.0
         base.model.model.norm.weight.data.fill_(1.0)
-        lengths = {len(answered(base, torch.tensor(ids("abc")), 5, seed).answer) for seed in (1, 2)}
-        assert lengths <= {1, 2, 3, 4, 5}
-
-    def test_answers_written_together_are_each_the_full_models(self):
-        """Prompts of unequal length do not see each other's padding, or each other."""
-        base = tiny_base("mistral")
-        prompts = [torch.tensor(ids(text)) for text in ("so: ", "what is the question?", "a")]
-        written = answered_together(base, prompts, 9, seed=4)
-        plain, generator = tiny_model("mistral"), torch.Generator().manual_seed(4)
-        rows = list(prompts)
-        for step in range(max(len(each.answer) for each in written)):
-            points = torch.rand(3, 1, generator=generator, dtype=torch.float64)
-            for row, each in enumerate(written):
-                with torch.no_grad():
-                    logits = plain(rows[row][None]).logits[0, -1]
-                sums = torch.softmax(logits, -1).double().cumsum(-1)
-                token = (sums <= points[row] * sums[-1]).sum()
-                if step < len(each.answer):
-                    assert int(each.answer[step]) == int(token)
-                rows[row] = torch.cat([rows[row], token[None]])
-        for prompt, each in zip(prompts, written, strict=True):
-            assert torch.equal(each.prompt, prompt)
-            assert each.finished == (int(each.answer[-1]) == EOS)
-            assert EOS not in each.answer[:-1]
+        written = sampled(base, [torch.tensor(ids("abc"))] * 4, 5, range(4))
+        for each in written:
+            assert EOS not in each.answer[:-1].tolist()
+            assert each.finished == (each.answer[-1] == EOS)
 
     @pytest.mark.parametrize(
         "line", [{"text": "x"}, {"messages": chat()}, {"turns": []}, {"messages": ["x"]}, [1]]
@@ -180,3 +173,17 @@ class TestConversations:
 )
 def test_repetition_is_the_share_of_runs_that_came_before(tokens, share):
     assert repetition(tokens) == share
+
+
+def test_multiple_choice_counts_what_is_right_and_what_changed(folder, tmp_path):
+    quiz, out = tmp_path / "quiz.jsonl", tmp_path / "out.json"
+    lines = [{"prompt": f"n {n} is", "choices": ["odd", "even"], "gold": n % 2} for n in range(12)]
+    quiz.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run(folder, "--multiple-choice", quiz, "--drop", 4, "--json", out)
+    assert result.exit_code == 0, result.output
+    full, pruned = json.loads(out.read_text())["choices"]
+    assert (full["dropped"], full["items"], full["unchanged"]) == (0, 12, 1)
+    assert full["error"] == pytest.approx((full["accuracy"] * (1 - full["accuracy"]) / 11) ** 0.5)
+    assert pruned["dropped"] == 4
+    assert "multiple choice, accuracy ± error" in result.stdout
+    assert read_evidence(out).choices[0].task == "quiz"

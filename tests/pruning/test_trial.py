@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruning import divergence
+from pruning import head
 from pruning.divergence import DivergenceError, Quality
 from pruning.families import FAMILIES
 from pruning.residuals import Residuals
@@ -30,7 +30,7 @@ def assert_equal(got: Quality, expected: Cost) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_way_of_dropping_equals_plain_transformers(family: str, monkeypatch) -> None:
-    monkeypatch.setitem(divergence._LOGITS, "cpu", 50 * len(VOCABULARY))  # several slices of rows
+    monkeypatch.setitem(head._LOGITS, "cpu", 50 * len(VOCABULARY))  # several slices of rows
     plain = tiny_model(family, layers=LAYERS)
     trial = Trial(tiny_base(family, layers=LAYERS), tokens())
 

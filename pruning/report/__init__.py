@@ -1,0 +1,1 @@
+"""Evidence and plans as one self-contained HTML page."""
