@@ -177,7 +177,13 @@ class Distillation:
         """
         over = self._done() >= 1
         while not over and self._state.since_best < _PATIENCE:
-            self._step()
+            try:
+                self._step()
+            except torch.OutOfMemoryError as error:
+                raise HealError(
+                    f"{self._base.device} has too little memory for steps of "
+                    f"{self._training.batch} sequences; lower --batch or --length"
+                ) from error
             over = self._done() >= 1
             if over or self._state.step % self._training.judge_every == 0:
                 self._judge()

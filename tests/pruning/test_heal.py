@@ -180,6 +180,16 @@ class TestDistillation:
         for layer, each in trained.run().substitutes.items():
             assert torch.equal(each.weight, trained.start[layer].weight)
 
+    def test_too_little_memory_is_one_sentence(self, tmp_path, monkeypatch):
+        trained = Trained(tmp_path / "a")
+
+        def full(token_ids: Tensor) -> None:
+            raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(trained.twin, "full", full)
+        with pytest.raises(HealError, match="steps of 4 sequences; lower --batch or --length"):
+            trained.run()
+
     def test_time_ends_training(self, tmp_path):
         result = Trained(tmp_path / "a", replace(TRAINING, steps=None, seconds=0.5)).run()
         assert result.steps > 0
