@@ -84,9 +84,14 @@ def _choices(found: Evaluation) -> Table:
     averages = [_plus_minus(*average_choices(each)) for each in by_depth.values()]
     unchanged = [sum(row.unchanged for row in each) / len(each) for each in by_depth.values()]
     return _table(
-        f"multiple choice, accuracy ± error, {sum(row.items for row in full):,} questions",
+        "multiple choice, accuracy ± error",
         ("dropped", *map(str, by_depth)),
-        [*rows, ["average", *averages], ["chosen as full", *(f"{each:.0%}" for each in unchanged)]],
+        [
+            *rows,
+            ["average", *averages],
+            ["chosen as full", *(f"{each:.0%}" for each in unchanged)],
+            ["questions", *[f"{sum(row.items for row in full):,}"] * len(by_depth)],
+        ],
     )
 
 

@@ -8,7 +8,8 @@ multiple_choice.py, which needs no network. Imports lm_eval at once, so it is im
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from pruning.multiple_choice import DELIMITER, read_questions
 
 _BOOTSTRAPS = 1000
 """Of metrics whose standard error has no formula."""
+_ANSWER = 256
+"""Tokens of an answer where a task does not say."""
 _SPLIT = "questions"
 
 
@@ -60,21 +63,27 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return greedy answers, cut before the first of each request's stop texts."""
+        tokenizer, alike = self._base.tokenizer, defaultdict[int, list[int]](list)
+        prompts = [torch.tensor(tokenizer.encode(request.args[0])) for request in requests]
+        for index, request in enumerate(requests):
+            alike[self._most(request.args[1], len(prompts[index]))].append(index)
+        answers: dict[int, str] = {}
+        for most, indices in alike.items():
+            asked = [prompts[index] for index in indices]
+            found = greedy(self._base, asked, most, self._dropped, self._progress, self._what)
+            for index, each in zip(indices, found, strict=True):
+                text = str(tokenizer.decode(each.answer, skip_special_tokens=True))
+                answers[index] = _cut(text, requests[index].args[1].get("until", ()))
+        return [answers[index] for index in range(len(requests))]
+
+    def _most(self, options: Mapping[str, Any], prompt: int) -> int:
+        """Return how many tokens may follow a prompt of so many."""
+        if options.get("do_sample"):
+            raise EvidenceError(f"{self._what}: only greedy decoding is offered")
         limit = context_limit(self._base.model.config)
-        answers = []
-        for request in requests:
-            text, options = request.args
-            if options.get("do_sample"):
-                raise EvidenceError(f"{self._what}: only greedy decoding is offered")
-            prompt = torch.tensor(self._base.tokenizer.encode(text))
-            most = min(options.get("max_gen_toks", 256), limit - len(prompt))
-            if most < 1:
-                raise EvidenceError(f"{self._what}: a prompt fills the context of {limit} tokens")
-            (found,) = greedy(self._base, [prompt], most, self._dropped)
-            written = self._base.tokenizer.decode(found.answer, skip_special_tokens=True)
-            answers.append(_cut(str(written), options.get("until", ())))
-            self._progress(self._what, len(answers), len(requests))
-        return answers
+        if prompt >= limit:
+            raise EvidenceError(f"{self._what}: a prompt fills the context of {limit} tokens")
+        return min(int(options.get("max_gen_toks", _ANSWER)), limit - prompt)
 
     def _pair(self, context: str, continuation: str) -> Pair:
         if context:

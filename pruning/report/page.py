@@ -5,6 +5,7 @@ One file that asks nothing of a network and runs no script; its policy says so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pruning.evidence import Answer, Example, average_choices
@@ -82,15 +83,22 @@ def _answers(subjects: Sequence[Subject]) -> Markup | None:
     shown = [each for each in subjects if each.found.examples]
     if not shown:
         return None
+    shown.sort(key=_farthest)
     count = min(len(each.found.examples) for each in shown)
     amount = shown[0].found.amount
     return section(
         "Answers side by side",
         f"Drawn at temperature 1, every depth with the same random numbers; at most "
-        f"{amount.answer} tokens, cut here where long. An example shows what a difference looks "
+        f"{amount.answer} tokens, cut here where long. Open is the plan that stays closest to the "
+        "full model in conversation. An example shows what a difference looks "
         "like, not how often it occurs.",
         *(_example(shown, index) for index in range(count)),
     )
+
+
+def _farthest(subject: Subject) -> float:
+    """Return the highest KL of a plan's depths in conversation."""
+    return max((row.kl for row in subject.rows("conversation")), default=math.inf)
 
 
 def _example(subjects: Sequence[Subject], index: int) -> Markup:

@@ -19,9 +19,9 @@ SERIES = 6
 _WIDTH, _HEIGHT = 340, 225
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 40
 _MARK = 4.0
-_LOG_TICKS = tuple(
-    digit * 10.0**power for power in range(-3, 5) for digit in (1, 1.1, 1.25, 1.5, 2, 3, 5, 7)
-)
+_FEW, _MANY = (1, 2, 5), (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 3, 4, 5, 7)
+"""First digits of logarithmic ticks, over a wide and a narrow range."""
+_WIDE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,8 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """Return at most six of the usual numbers between two."""
-    found = [tick for tick in _LOG_TICKS if low <= tick <= high]
+    digits = _FEW if high / low > _WIDE else _MANY
+    found = [d * 10.0**p for p in range(-3, 6) for d in digits if low <= d * 10.0**p <= high]
     every = math.ceil(len(found) / 6) or 1
     return found[::every]
 
