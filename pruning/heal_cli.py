@@ -57,7 +57,7 @@ AMOUNTS = {
         fit_tokens=100_000,
         batch=32,
         length=512,
-        learning_rate=0.03,
+        learning_rate=0.05,
         judge_every=50,
         minutes=5,
     ),
