@@ -1,0 +1,160 @@
+"""What linear substitutes cost a decode step: the pruned variant with and without them.
+
+    python -m benchmarks.substitutes --drop 50% --kind linear --batch 1,8 --context 64,2048
+    python -m benchmarks.substitutes --shape llama-3-8b --kind linear:256         # on a GPU
+
+Speed alone is measured, so the maps are random. Engines with and without them are built in turns
+on models made anew, since a GPU records what a step does; the ratio is of the medians. The model is
+served as it would be by default: on a CPU in four bits where the checkpoint allows it, with
+compiled layers.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.inprocess import decode, machine, passing, running
+from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
+from benchmarks.step import limits_for
+from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
+from pruning.plan import parse_drop
+from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.substitutes import (
+    LinearSubstitute,
+    SubstituteError,
+    SubstituteKind,
+    Substitutes,
+    parse_substitutes,
+)
+from server.engine.ahead import CompiledLayers
+from server.engine.assembly import EngineConfig
+
+_STEPS = 64
+
+Cell = tuple[int, int]
+"""Requests that decode together, and the tokens of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One batch and context; medians, in seconds a step."""
+
+    batch: int
+    context: int
+    plain: float
+    substituted: float
+
+    @property
+    def slower(self) -> float:
+        """Return the time with substitutes over that without."""
+        return self.substituted / self.plain
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What to decode with.")] = EMBEDDED_MODEL,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape instead.")] = None,
+    drop: Annotated[str, typer.Option(help="What `pruned` drops.")] = "50%",
+    kind: Annotated[str, typer.Option(help="linear or linear:RANK.")] = "linear",
+    batch: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Tokens of each.")] = "64,2048",
+    repeats: int = 3,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Measure substitutes."""
+    try:
+        wanted = parse_substitutes(kind)
+    except SubstituteError as error:
+        raise typer.BadParameter(str(error)) from error
+    if wanted is None:
+        raise typer.BadParameter("there is nothing to measure without substitutes")
+    where, weights = device_and_dtype("auto", "auto")
+    load = (lambda: random_base(shape, weights, where)) if shape else (lambda: _served(model))
+    cells = [(int(b), int(c)) for c in context.split(",") for b in batch.split(",")]
+    times: dict[bool, dict[Cell, list[float]]] = {w: {c: [] for c in cells} for w in (False, True)}
+    described = ""
+    for turn in track(range(2 * repeats), description="measuring"):
+        with_them = turn % 2 == 1
+        found, text = _turn(load, drop, wanted if with_them else None, cells)
+        described = text or described
+        for cell, seconds in found.items():
+            times[with_them][cell].append(seconds)
+    rows = [
+        Row(*cell, statistics.median(times[False][cell]), statistics.median(times[True][cell]))
+        for cell in cells
+    ]
+    _print(rows, f"{shape or model}, {drop} dropped: {described}")
+    if output is not None:
+        body = {"machine": machine(where), "kind": kind, "drop": drop, "substitutes": described}
+        output.write_text(json.dumps(body | {"rows": [asdict(row) for row in rows]}) + "\n")
+
+
+def _served(model: str) -> BaseModel:
+    """Load a model as the server does by default."""
+    base = load_base_model(model)
+    if runs_here(base.device) and is_on_grid(base.model):
+        quantise(base.model)
+        CompiledLayers(base.model, cache_folder() / "compiled").compile_missing()
+    return base
+
+
+def _turn(
+    load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None, cells: list[Cell]
+) -> tuple[dict[Cell, float], str]:
+    """Return the seconds of a step in each cell, and what the substitutes take."""
+    base = passing(load)
+    variants = dropping(base.layers, parse_drop(drop, layers=base.layers, most=base.layers - 1))
+    described = ""
+    if kind is not None:
+        dropped = variants[PRUNED].dropped(base.layers)
+        maps = Substitutes({layer: _random_map(base, kind) for layer in dropped})
+        maps.attach(base, dropped)
+        described = maps.described(dropped)
+    most = max(count for count, _ in cells)
+    config = EngineConfig(limits_for(most, base.device, None))
+    with running(base, variants, config) as engine:
+        decode(engine, {PRUNED: most}, 32, 8)
+        found = {
+            (count, tokens): decode(engine, {PRUNED: count}, tokens, _STEPS).step_seconds
+            for count, tokens in cells
+        }
+    return found, described
+
+
+def _random_map(base: BaseModel, kind: SubstituteKind) -> LinearSubstitute:
+    width = int(base.model.config.get_text_config().hidden_size)
+    bias = torch.zeros(width)
+    if kind.rank is None:
+        return LinearSubstitute(torch.randn(width, width) / width, bias)
+    return LinearSubstitute(
+        torch.randn(width, kind.rank) / width, bias, torch.randn(kind.rank, width) / width
+    )
+
+
+def _print(rows: list[Row], title: str) -> None:
+    table = Table(title=title)
+    for name in ("batch", "context", "dropped, ms", "with substitutes, ms", "slower by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.batch),
+            str(row.context),
+            f"{row.plain * 1e3:.2f}",
+            f"{row.substituted * 1e3:.2f}",
+            f"{row.slower - 1:.1%}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
