@@ -164,7 +164,7 @@ def gateway(**given: Any) -> None:
     server = Server(
         started.app,
         started.front,
-        started.monitors,
+        started.worker,
         drain_timeout=settings.drain_timeout,
         when_up=lambda url: _greet_gateway(url, started),
     )

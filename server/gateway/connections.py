@@ -81,6 +81,11 @@ class Connections:
         self._prefix = parts.path.rstrip("/")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._idle: list[httpcore.AsyncHTTPConnection] = []
+        self._network = AsyncioBackend()
+
+    def abort(self) -> None:
+        """Break all connections."""
+        self._network.abort()
 
     async def send(self, outgoing: Outgoing) -> Answer:
         """Return the response once its headers have come.
@@ -99,7 +104,7 @@ class Connections:
             self._origin,
             ssl_context=self._tls,
             keepalive_expiry=_KEEP_SECONDS,
-            network_backend=AsyncioBackend(),
+            network_backend=self._network,
         )
         return await self._send_on(fresh, outgoing)
 

@@ -120,6 +120,24 @@ class Forwarder:
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
         self._connections: dict[str, Connections] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._shut = False
+
+    def shut(self) -> None:
+        """End what is being forwarded: clients are told so. May be called from another thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended, and with it all calls
+                self._loop.call_soon_threadsafe(self._abort)
+
+    def _abort(self) -> None:
+        self._shut = True
+        for connections in self._connections.values():
+            connections.abort()
+
+    def check_open(self) -> None:
+        """Raise ApiError if all calls have been ended."""
+        if self._shut:
+            raise unavailable("the gateway shut down before this was complete", "draining")
 
     async def answer(self, call: Call, pool: Pool, method: str = "POST") -> dict[str, Any]:
         """Return an upstream's whole answer.
@@ -131,7 +149,7 @@ class Forwarder:
         async def ask(upstream: Upstream) -> dict[str, Any]:
             return await self._answer_of(upstream, call, method)
 
-        return await _first_to_answer(pool, set(), ask)
+        return await self._first_to_answer(pool, set(), ask)
 
     async def open(self, call: Call, pool: Pool, tried: set[Upstream]) -> Opened:
         """Return a stream that has begun, of an upstream that is not among `tried`.
@@ -143,7 +161,26 @@ class Forwarder:
         async def ask(upstream: Upstream) -> Opened:
             return await self._open_at(upstream, call)
 
-        return await _first_to_answer(pool, tried, ask)
+        return await self._first_to_answer(pool, tried, ask)
+
+    async def _first_to_answer(
+        self, pool: Pool, tried: set[Upstream], ask: Callable[[Upstream], Awaitable[Answered]]
+    ) -> Answered:
+        """Ask one upstream after the other that is not among `tried`, and add those asked.
+
+        Raises:
+            ApiError: the upstreams refused it or failed.
+        """
+        failure: UpstreamFailedError | None = None
+        while (upstream := pool.pick(tried)) is not None:
+            tried.add(upstream)
+            try:
+                return await ask(upstream)
+            except UpstreamFailedError as error:
+                self.check_open()
+                logger.warning("%s", error)
+                failure = error
+        raise _nobody(pool, failure)
 
     async def _answer_of(self, upstream: Upstream, call: Call, method: str) -> dict[str, Any]:
         upstream.outstanding += 1
@@ -211,6 +248,7 @@ class Forwarder:
         raise _not_successful(upstream, answer, raw)
 
     def _to(self, upstream: Upstream) -> Connections:
+        self._loop = asyncio.get_running_loop()
         if upstream.url not in self._connections:
             self._connections[upstream.url] = Connections(upstream.url)
         return self._connections[upstream.url]
@@ -237,6 +275,7 @@ async def stream(
                 return
             except UpstreamFailedError as error:
                 reason = "error"
+                to.check_open()
                 logger.warning("%s", error)
                 if relay.shown_tokens:
                     raise _broken(error) from error
@@ -290,25 +329,6 @@ class _Relay:
             for key, value in data.items()
             if not (superfluous and key == "usage")
         }
-
-
-async def _first_to_answer(
-    pool: Pool, tried: set[Upstream], ask: Callable[[Upstream], Awaitable[Answered]]
-) -> Answered:
-    """Ask one upstream after the other that is not among `tried`, and add those asked.
-
-    Raises:
-        ApiError: the upstreams refused it or failed.
-    """
-    failure: UpstreamFailedError | None = None
-    while (upstream := pool.pick(tried)) is not None:
-        tried.add(upstream)
-        try:
-            return await ask(upstream)
-        except UpstreamFailedError as error:
-            logger.warning("%s", error)
-            failure = error
-    raise _nobody(pool, failure)
 
 
 def _not_successful(upstream: Upstream, answer: Answer, raw: bytes) -> Exception:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -101,18 +101,3 @@ def read_identity(models: Mapping[str, Any]) -> Identity:
     name, own = str(first["root"]), first["variant"]
     variants = {e["variant"]["name"]: e for e in entries if e["id"] != name}
     return Identity(name, first.get("max_model_len"), variants, own["plan"], own["name"])
-
-
-class Monitors:
-    """All monitors; what works behind the gateway's front."""
-
-    def __init__(self, monitors: Sequence[Monitor]) -> None:
-        self._monitors = tuple(monitors)
-
-    def start(self) -> None:
-        for monitor in self._monitors:
-            monitor.start()
-
-    def stop(self) -> None:
-        for monitor in self._monitors:
-            monitor.stop()

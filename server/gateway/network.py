@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import httpcore
 
@@ -19,7 +20,15 @@ _BUFFER = 64 << 10
 
 
 class AsyncioBackend(httpcore.AsyncNetworkBackend):
-    """Opens TCP connections."""
+    """Opens TCP connections, and can break all of them."""
+
+    def __init__(self) -> None:
+        self._streams: WeakSet[_Stream] = WeakSet()
+
+    def abort(self) -> None:
+        """Break the connections that are open: whoever reads from one is told that it ended."""
+        for stream in list(self._streams):
+            stream.abort()
 
     async def connect_tcp(
         self,
@@ -31,7 +40,9 @@ class AsyncioBackend(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         with _named(httpcore.ConnectTimeout, httpcore.ConnectError):
             async with asyncio.timeout(timeout):
-                return await _connect(host, port)
+                stream = await _connect(host, port)
+        self._streams.add(stream)
+        return stream
 
 
 async def _connect(host: str, port: int) -> _Stream:
@@ -73,6 +84,9 @@ class _Stream(httpcore.AsyncNetworkStream):
 
     async def aclose(self) -> None:
         self._writer.close()
+
+    def abort(self) -> None:
+        self._writer.transport.abort()
 
     async def start_tls(
         self,

@@ -17,7 +17,7 @@ from server.gateway import routes
 from server.gateway.forward import Forwarder, Timeouts
 from server.gateway.front import GatewayFront
 from server.gateway.metrics import UpstreamCollector
-from server.gateway.monitor import Monitor, Monitors
+from server.gateway.monitor import Monitor
 from server.gateway.routing import Split
 from server.gateway.settings import EVERY, GatewaySettings
 from server.gateway.upstream import Agreement, Identity, Pool, Upstream
@@ -34,11 +34,29 @@ class GatewayError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StartedGateway:
-    """A gateway that only lacks a socket. Its monitors are not running yet."""
+    """A gateway that only lacks a socket. Its worker is not running yet."""
 
     app: FastAPI
     front: GatewayFront
-    monitors: Monitors
+    worker: GatewayWorker
+
+
+class GatewayWorker:
+    """What works behind the gateway's front."""
+
+    def __init__(self, monitors: Sequence[Monitor], forwarder: Forwarder) -> None:
+        self._monitors = tuple(monitors)
+        self._forwarder = forwarder
+
+    def start(self) -> None:
+        for monitor in self._monitors:
+            monitor.start()
+
+    def stop(self) -> None:
+        """End it, and the calls that are still being forwarded: their clients are told."""
+        self._forwarder.shut()
+        for monitor in self._monitors:
+            monitor.stop()
 
 
 def start_gateway(settings: GatewaySettings) -> StartedGateway:
@@ -62,8 +80,8 @@ def start_gateway(settings: GatewaySettings) -> StartedGateway:
         cors_origins=settings.cors_origin,
         max_body_size=settings.max_body_size,
     )
-    monitors = Monitors([monitor for pairs in watched.values() for _, monitor in pairs])
-    return StartedGateway(app, front, monitors)
+    monitors = [monitor for pairs in watched.values() for _, monitor in pairs]
+    return StartedGateway(app, front, GatewayWorker(monitors, front.forwarder))
 
 
 def _upstream_headers(settings: GatewaySettings) -> dict[str, str]:

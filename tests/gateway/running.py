@@ -67,13 +67,13 @@ def gateway(*upstreams: str, **settings: Any) -> Iterator[Gateway]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    started.monitors.start()
+    started.worker.start()
     port = server.servers[0].sockets[0].getsockname()[1]
     running = Gateway(f"http://127.0.0.1:{port}", started)
     try:
         yield running
     finally:
         running.http.close()
-        started.monitors.stop()
+        started.worker.stop()
         server.should_exit = True
         thread.join(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -223,6 +224,37 @@ class TestClientsThatLeave:
                     time.sleep(0.5)
                     assert fast.sent_bytes == held < 50_000 * 1000
                 wait_until(lambda: fast.disconnected == 1)
+
+
+def test_what_a_shutdown_cuts_off_is_said():
+    with scripted(hangs_after=3) as slow, gateway(f"full={slow.url}") as front:
+        lines: list[str] = []
+
+        def read() -> None:
+            body = {"prompt": "x", "stream": True}
+            with httpx.stream("POST", f"{front.url}/v1/completions", json=body) as response:
+                for line in response.iter_lines():
+                    if line:
+                        lines.append(line)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        wait_until(lambda: len(lines) == 3)
+        front.started.worker.stop()
+        reading.join(10)
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "draining"
+        assert len(lines) == 4
+
+
+def test_a_shutdown_ends_whole_answers_too():
+    with scripted(hangs_after=0) as slow, gateway(f"full={slow.url}") as front:
+        found: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: found.append(front.complete()))
+        asking.start()
+        wait_until(lambda: slow.open == 1)
+        front.started.worker.stop()
+        asking.join(10)
+        assert error_of(found[0], 503)["code"] == "draining"
 
 
 def test_the_first_byte_is_passed_on_at_once():
