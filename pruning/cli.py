@@ -41,7 +41,8 @@ from pruning.plan import (
     write_plan,
 )
 from pruning.plan_cache import PlanCache, PlanRequest, Wanted
-from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY
+from pruning.search import DEFAULT_EVALUATIONS
+from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY, Searched
 from pruning.substitutes import SubstituteError, Substitutes, parse_substitutes
 
 _BAR_WIDTH = 10
@@ -131,11 +132,18 @@ def compute(
     seed: Annotated[int, typer.Option(help="Of text the model writes.")] = calibration.DEFAULT_SEED,
     protect: Annotated[str, typer.Option(help="Layers never to drop, like 1,2,29.")] = "",
     strategy: Annotated[
-        str, typer.Option(help="How layers are ranked: cosine, or greedy: better and slower.")
+        str,
+        typer.Option(
+            help="How layers are ranked: cosine; greedy: better and slower; or search: greedy, "
+            "then swaps at the depth that is asked for."
+        ),
     ] = DEFAULT_STRATEGY,
     candidates: Annotated[
-        int, typer.Option(help="Layers that each greedy step tries, by importance.")
+        int, typer.Option(help="Layers that each step of greedy tries, and swaps that search does.")
     ] = DEFAULT_CANDIDATES,
+    evaluations: Annotated[
+        int, typer.Option(help="Sets of layers that search tries at most.")
+    ] = DEFAULT_EVALUATIONS,
     substitutes: Annotated[
         str,
         typer.Option(
@@ -159,6 +167,7 @@ def compute(
             strategy=strategy,
             protected=parse_layers(protect),
             candidates=candidates,
+            evaluations=evaluations,
             substitutes=parse_substitutes(substitutes),
         )
         if request.substitutes is not None and output is None:
@@ -246,6 +255,8 @@ def _deliver(
     )
     if (evidence := evidence_of(plan)) is not None:
         _say(evidence)
+    if plan.searched is not None:
+        _say(_searched_text(plan.searched))
     if substitutes is not None and output is not None:
         _say(f"{substitutes.described(plan.dropped_layers())} in {substitutes_path(output)}")
 
@@ -264,6 +275,19 @@ def _heading(plan: Plan) -> str:
         f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}\n"
         f"substitutes: {_substitutes_of(plan)}\n"
         f"{evidence_of(plan) or 'the quality of this drop was not measured'}"
+        + ("" if plan.searched is None else f"\n{_searched_text(plan.searched)}")
+    )
+
+
+def _searched_text(searched: Searched) -> str:
+    """Return what a search gave over greedy."""
+    tried = f"searched {searched.tried} sets of {searched.depth} layers"
+    if searched.found is None:
+        return f"{tried}: none is better than greedy's (KL {searched.greedy.kl:.3f})"
+    return (
+        f"{tried}: KL on held-out tokens {searched.greedy.kl:.3f} (greedy) -> "
+        f"{searched.found.kl:.3f}, agreement {searched.greedy.agreement:.3f} -> "
+        f"{searched.found.agreement:.3f}"
     )
 
 

@@ -25,7 +25,7 @@ from pruning.budget import Budget
 from pruning.divergence import Baseline, Quality
 from pruning.files import write_atomically
 from pruning.loading import BaseModel
-from pruning.selection import ALWAYS_KEPT, Ranking
+from pruning.selection import ALWAYS_KEPT, Ranking, Searched
 from pruning.substitutes import SUFFIX, SubstituteError, Substitutes, parse_substitutes
 
 FORMAT = "attndrop-plan"
@@ -151,6 +151,8 @@ class Plan:
     dtype: str
     created: str
     versions: Versions
+    searched: Searched | None = None
+    """How the set for one depth was searched for; None where the strategy ranks all depths."""
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -159,9 +161,9 @@ class Plan:
     @property
     def id(self) -> str:
         """12 hex digits over all that decides what is dropped at each depth: not `drop` and what
-        chose it, not `created` and `versions`, not the quality."""
+        chose it, not `created` and `versions`, not the quality nor how it was searched for."""
         content = asdict(self)
-        for name in ("drop", "budget", "held_out", "created", "versions"):
+        for name in ("drop", "budget", "held_out", "created", "versions", "searched"):
             del content[name]
         for step in content["ranking"]:
             del step["quality"]
@@ -327,6 +329,8 @@ def _evidence_problems(plan: Plan) -> Iterator[str]:
         yield "held_out must hold at least one token and a perplexity above 0"
     if plan.candidates is not None and plan.candidates < 1:
         yield f"candidates must be at least 1, not {plan.candidates}"
+    if plan.searched is not None:
+        yield from _searched_problems(plan, plan.searched)
     if plan.substitutes is not None:
         try:
             if parse_substitutes(plan.substitutes.kind) is None:
@@ -335,6 +339,16 @@ def _evidence_problems(plan: Plan) -> Iterator[str]:
             yield str(error)
         if plan.substitutes.healed is not None:
             yield from _healed_problems(plan, plan.substitutes.healed)
+
+
+def _searched_problems(plan: Plan, searched: Searched) -> Iterator[str]:
+    if not 1 <= searched.depth <= len(plan.ranking):
+        yield f"it was searched for {searched.depth} dropped layers: {_ranked(plan)}"
+    if min(searched.evaluations, searched.tried) < 1:
+        yield "searched.evaluations and searched.tried must be at least 1"
+    for quality in (searched.greedy, searched.found):
+        if quality is not None and not _is_possible(quality):
+            yield "the quality in searched is not one that can be measured"
 
 
 def _healed_problems(plan: Plan, healed: Healed) -> Iterator[str]:
@@ -557,6 +571,7 @@ def new_plan(
     candidates: int | None = None,
     substitutes: SubstitutesRecord | None = None,
     held_out: Baseline | None = None,
+    searched: Searched | None = None,
 ) -> Plan:
     """Return a plan for `base`, made now, that drops nothing until `with_drop`."""
     return Plan(
@@ -578,6 +593,7 @@ def new_plan(
         dtype=dtype_name(base),
         created=_now(),
         versions=versions(),
+        searched=searched,
     )
 
 

@@ -100,6 +100,26 @@ def test_greedy_with_substitutes_writes_them_beside_the_plan(model, tmp_path):
         read_with_substitutes(out)
 
 
+def test_a_search_says_what_it_gained(model, tmp_path):
+    out = tmp_path / "plan.json"
+    options = ("--strategy", "search", "--evaluations", 5, "--drop", "50%")
+    result = run("--model", model, *options, "--output", out, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(out)
+    assert (plan.strategy, plan.drop, plan.searched.depth, plan.searched.tried) == (
+        "search",
+        3,
+        3,
+        5,
+    )
+    for text in (result.stderr, run("show", out).stdout):
+        assert "searched 5 sets of 3 layers: " in text
+        assert "greedy" in text
+    result = run("--model", model, *options[:2], "--min-agreement", "0.9999", *SMALL)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "give another --drop or a wider budget" in result.stderr
+
+
 def test_several_sources_are_named_in_the_plan(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
