@@ -1,5 +1,14 @@
 """Variants: which layers keep attention under which name, and the layer groups they share.
 
+In a batch ordered by how much each variant keeps, the rows that attend in any layer must be a
+prefix. That holds for variants whose kept layers nest. Others run in a pass of their own: variants
+are put into chains, in each of which all sets nest, and a batch is of one chain::
+
+    chain 0   full    0 1 2 3 4 5 6 7
+              light   0 1 2 3   5 6 7
+              pruned  0 1   3   5   7
+    chain 1   other   0   2 3 4   6 7     does not nest in light
+
 Pure data. Knows nothing of tensors, plans or requests.
 """
 
@@ -47,12 +56,11 @@ class LayerGroup:
 class Variants:
     """The variants one server offers, those that keep more attention first.
 
-    Their sets of kept layers must nest, so that in a batch ordered like them the rows attending
-    in any layer are a prefix.
+    Each is in the first chain whose sets all nest with its own; `full` is in the first.
 
     Raises:
-        VariantError: a name is malformed or taken twice, there is no `full` variant, a variant
-            drops layer 0, or two sets do not nest.
+        VariantError: a name is malformed or taken twice, there is no `full` variant, or a variant
+            drops layer 0.
     """
 
     def __init__(self, layers: int, variants: Sequence[Variant]) -> None:
@@ -62,11 +70,13 @@ class Variants:
         )
         self._by_name = {variant.name: variant for variant in self._ordered}
         self._check(variants)
+        self.chains = self._nesting()
+        """Names of variants that can be in one batch, those that keep more attention first."""
+        self.chain_of = {name: i for i, chain in enumerate(self.chains) for name in chain}
         self.groups = self._layer_groups()
         self.group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
         }
-        self._order = {variant.name: index for index, variant in enumerate(self._ordered)}
 
     def __iter__(self) -> Iterator[Variant]:
         return iter(self._ordered)
@@ -79,10 +89,6 @@ class Variants:
 
     def __getitem__(self, name: str) -> Variant:
         return self._by_name[name]
-
-    def order(self, name: str) -> int:
-        """Return the variant's place in a batch: 0 keeps the most attention."""
-        return self._order[name]
 
     def groups_of(self, name: str) -> tuple[int, ...]:
         """Return the indices in `groups` of the layer groups that the variant attends."""
@@ -104,12 +110,17 @@ class Variants:
                     f"variant {variant.name!r} must keep layer 0 and only layers below "
                     f"{self.layers}, but keeps {sorted(variant.kept)}"
                 )
-        for more, less in zip(self._ordered, self._ordered[1:], strict=False):
-            if not less.kept <= more.kept:
-                raise VariantError(
-                    f"variants {more.name!r} and {less.name!r} do not nest: layers "
-                    f"{sorted(less.kept - more.kept)} are kept only by the second"
-                )
+
+    def _nesting(self) -> tuple[tuple[str, ...], ...]:
+        chains: list[list[Variant]] = []
+        for variant in self._ordered:
+            for chain in chains:
+                if variant.kept <= chain[-1].kept:
+                    chain.append(variant)
+                    break
+            else:
+                chains.append([variant])
+        return tuple(tuple(variant.name for variant in chain) for chain in chains)
 
     def _layer_groups(self) -> tuple[LayerGroup, ...]:
         by_signature: dict[frozenset[str], list[int]] = {}

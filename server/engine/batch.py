@@ -91,7 +91,7 @@ class Batch:
 
 
 def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayout) -> Batch:
-    """Lay out a step. `step` must not be empty."""
+    """Lay out a step of one chain. `step` must not be empty."""
     by_variant: dict[str, list[Scheduled]] = {variant.name: [] for variant in variants}
     for s in step:
         by_variant[s.request.variant].append(s)
@@ -150,8 +150,8 @@ def _sources(sequences: Sequence[Scheduled], last_rows: Ints, rows: int) -> Ints
 
 
 def attending_by_group(variants: Variants, counts: Sequence[int]) -> list[int]:
-    """Return for each layer group how many attend, of so many sequences or rows of each variant:
-    the first ones, as variants nest."""
+    """Return for each layer group how many attend, of so many sequences or rows of each variant of
+    one chain: the first ones, as they nest."""
     return [
         sum(
             count

@@ -90,7 +90,7 @@ class DecodeGraphs:
     def warm_up(self, most_rows: int) -> None:
         """Record steps of one variant alone and of each two, of up to `most_rows` rows each."""
         started = time.monotonic()
-        shapes = _usual_shapes(len(self._variants), min(most_rows, self._largest))
+        shapes = _usual_shapes(self._variants, min(most_rows, self._largest))
         # The largest first: smaller ones find room in the memory it took.
         for shape in sorted(shapes, key=sum, reverse=True):
             self._recorded[shape] = self._record(shape)
@@ -261,13 +261,14 @@ class InputLayout:
         return inputs[start : start + self._sizes[place]]
 
 
-def _usual_shapes(variants: int, most_rows: int) -> Iterator[Shape]:
-    """Yield the shapes of one variant alone and of each two of them."""
-    for first in range(variants):
+def _usual_shapes(variants: Variants, most_rows: int) -> Iterator[Shape]:
+    """Yield the shapes of one variant alone and of each two that can be in one batch."""
+    chains = [variants.chain_of[variant.name] for variant in variants]
+    for first, chain in enumerate(chains):
         for size in SIZES:
             if size <= most_rows:
-                yield tuple(size if i == first else 0 for i in range(variants))
-        for second in range(first):
+                yield tuple(size if i == first else 0 for i in range(len(chains)))
+        for second in (i for i in range(first) if chains[i] == chain):
             for sizes in product([size for size in MIXED_SIZES if size <= most_rows], repeat=2):
                 rows = {first: sizes[0], second: sizes[1]}
-                yield tuple(rows.get(i, 0) for i in range(variants))
+                yield tuple(rows.get(i, 0) for i in range(len(chains)))

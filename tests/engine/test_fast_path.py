@@ -124,6 +124,25 @@ def test_preempted_requests_come_back_to_the_same_tokens() -> None:
         assert recorder(request).tokens == greedy(model, request.prompt, 30)
 
 
+def test_variants_that_do_not_nest_take_turns_in_recorded_steps() -> None:
+    variants = tiny_variants(pruned=DROPPED["pruned"], other={3})
+    engine = fast_engine(variants, limits=Limits(running=3))
+    recorded = engine._runner._graphs._recorded
+    places = {variant.name: place for place, variant in enumerate(variants)}
+    names = ("full", "other", "pruned", "other")
+    requests = [new.request(prompt_of(i, 5), name, max_tokens=4) for i, name in enumerate(names)]
+    finish(engine, requests)
+    engine.stop()
+    assert {"other", "pruned"} <= {
+        name for shape in recorded for name in names if shape[places[name]]
+    }
+    assert not any(shape[places["other"]] and shape[places["pruned"]] for shape in recorded)
+    for request in requests:
+        dropped = {**DROPPED, "other": {3}}[request.variant]
+        model = silenced(tiny_model(layers=LAYERS).double(), dropped)
+        assert recorder(request).tokens == greedy(model, request.prompt, 4)
+
+
 def test_a_recorded_step_of_a_variant_has_no_rows_in_what_it_drops() -> None:
     layout = InputLayout((0, 0, 4), VARIANTS)  # full, light, pruned
     assert layout.attending_rows == [0 if i in DROPPED["pruned"] else 4 for i in range(LAYERS)]
