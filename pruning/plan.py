@@ -413,6 +413,11 @@ def parse_layers(text: str) -> frozenset[int]:
     return frozenset(int(part) for part in parts)
 
 
+def is_drop(text: str) -> bool:
+    """Whether a text says how many layers to drop, as `parse_drop` reads it."""
+    return _DROP.fullmatch(text.strip()) is not None
+
+
 def parse_drop(text: str, *, layers: int, most: int) -> int:
     """Return the number of layers that `text` asks to drop.
 
