@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ from pruning.plan_cache import PlanCache, PlanRequest, Wanted
 from pruning.search import DEFAULT_EVALUATIONS
 from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY, Searched
 from pruning.substitutes import SubstituteError, Substitutes, parse_substitutes
+from pruning.targets import ATTENTION, BLOCK, JOINED, JOINT, MLP, Sublayers
 
 _BAR_WIDTH = 10
 
@@ -138,6 +140,13 @@ def compute(
             "then swaps at the depth that is asked for."
         ),
     ] = DEFAULT_STRATEGY,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is dropped: attention; or, by cosine, mlp, block (whole layers), or joint "
+            "(attention and MLPs ranked together)."
+        ),
+    ] = ATTENTION,
     candidates: Annotated[
         int, typer.Option(help="Layers that each step of greedy tries, and swaps that search does.")
     ] = DEFAULT_CANDIDATES,
@@ -156,7 +165,7 @@ def compute(
     device: DeviceOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Measure again, even if cached.")] = False,
 ) -> None:
-    """Measure what every layer's attention is worth and write a plan."""
+    """Measure what every layer's attention, or another target, is worth and write a plan."""
     with user_errors():
         choice = chosen(drop, max_kl, min_agreement, max_perplexity_ratio) or DEFAULT_BUDGET
         request = PlanRequest(
@@ -165,6 +174,7 @@ def compute(
             length=length,
             seed=seed,
             strategy=strategy,
+            target=target,
             protected=parse_layers(protect),
             candidates=candidates,
             evaluations=evaluations,
@@ -201,7 +211,7 @@ def import_llm_drop(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Make a plan of the attention that an LLM-Drop checkpoint drops."""
+    """Make a plan of what an LLM-Drop checkpoint drops."""
     with user_errors():
         base = load_base_model(model, dtype=dtype, device=device)
         _deliver(plan_from_llm_drop(config, base), output, "imported")
@@ -217,7 +227,7 @@ def export_llm_drop(
     with user_errors():
         chosen = read_plan(plan) if drop is None else read_plan(plan).dropping(drop)
         write_drop_lists(config, chosen)
-    _say(f"wrote {len(chosen.dropped_layers())} dropped layers of plan {chosen.id} into {config}")
+    _say(f"wrote {_named(chosen.dropped())}, dropped by plan {chosen.id}, into {config}")
 
 
 def plan_cache() -> PlanCache:
@@ -248,10 +258,9 @@ def _deliver(
     else:
         write_plan(output, plan, substitutes)
     place = "" if output is None else f" in {output}"
-    dropped = ", ".join(map(str, sorted(plan.dropped_layers()))) or "none"
     _say(
-        f"plan {plan.id} ({origin}){place}: drops {plan.drop} of {plan.model.layers} layers "
-        f"of {plan.model.name}: {dropped}"
+        f"plan {plan.id} ({origin}){place}: drops {plan.drop} of {plan.whole} "
+        f"{_UNITS[plan.target]} of {plan.model.name}: {_named(plan.dropped())}"
     )
     if (evidence := evidence_of(plan)) is not None:
         _say(evidence)
@@ -263,6 +272,17 @@ def _deliver(
 
 # What a person sees.
 
+_UNITS = {ATTENTION: "layers", MLP: "MLPs", BLOCK: "whole layers", JOINT: "sublayers"}
+
+
+def _named(dropped: Sublayers) -> str:
+    """Return the layers of what is dropped; those of MLPs are named."""
+    attention = ", ".join(map(str, sorted(dropped.attention)))
+    mlps = ", ".join(map(str, sorted(dropped.mlps)))
+    if not mlps:
+        return attention or "none"
+    return f"attention of {attention or 'none'}; MLPs of {mlps}"
+
 
 def _heading(plan: Plan) -> str:
     calibrated = "nothing was measured"
@@ -271,7 +291,7 @@ def _heading(plan: Plan) -> str:
         calibrated = f"{data.samples} x {data.length} tokens of {', '.join(data.sources)}{seed}"
     return (
         f"plan {plan.id}: {plan.model.name} ({plan.model.family}, {plan.dtype}), "
-        f"drops {plan.drop} of {plan.model.layers} layers\n"
+        f"drops {plan.drop} of {plan.whole} {_UNITS[plan.target]}\n"
         f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}\n"
         f"substitutes: {_substitutes_of(plan)}\n"
         f"{evidence_of(plan) or 'the quality of this drop was not measured'}"
@@ -320,7 +340,8 @@ def evidence_of(plan: Plan) -> str | None:
 
 
 def _table(plan: Plan) -> Table:
-    """Return one row per layer: its cost as a bar, its place in the ranking, and its fate."""
+    """Return one row per layer: its cost as a bar, its place in the ranking, and its fate. In a
+    joint plan, a row for each of its sublayers."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     table.add_column("order", justify="right")
@@ -328,21 +349,23 @@ def _table(plan: Plan) -> Table:
     table.add_column("", width=_BAR_WIDTH)
     for heading in ("KL", "agreement", "perplexity"):
         table.add_column(heading, justify="right")
-    table.add_column("attention", no_wrap=True)
-    steps = {step.layer: (place, step) for place, step in enumerate(plan.ranking, start=1)}
+    table.add_column(plan.target, no_wrap=True)
+    ranked = enumerate(plan.ranking, start=1)
+    steps = {(step.layer, step.sublayer): (place, step) for place, step in ranked}
     highest = max((step.cost or 0.0 for step in plan.ranking), default=0.0)
-    dropped = plan.dropped_layers()
-    for layer in range(plan.model.layers):
-        place, step = steps.get(layer, (None, None))
+    sublayers = JOINED if plan.target == JOINT else (None,)
+    for layer, sublayer in product(range(plan.model.layers), sublayers):
+        place, step = steps.get((layer, sublayer), (None, None))
         cost = None if step is None else step.cost
+        is_dropped = place is not None and place <= plan.drop
         table.add_row(
-            str(layer),
+            str(layer) if sublayer is None else f"{layer} {sublayer}",
             "" if place is None else str(place),
             "" if cost is None else f"{cost:.5f}",
             _bar(cost, highest),
             *_quality_cells(None if step is None else step.quality),
-            "dropped" if layer in dropped else _why_kept(plan, layer),
-            style="dim" if layer in dropped else None,
+            "dropped" if is_dropped else _why_kept(plan, layer),
+            style="dim" if is_dropped else None,
         )
     return table
 

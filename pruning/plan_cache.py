@@ -60,6 +60,7 @@ from pruning.selection import (
 )
 from pruning.strategies import SEARCH, STRATEGIES, TRYING
 from pruning.substitutes import SUFFIX, SubstituteError, SubstituteKind, Substitutes
+from pruning.targets import ATTENTION, TARGETS
 from pruning.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class PlanRequest:
     length: int = DEFAULT_LENGTH
     seed: int = DEFAULT_SEED
     strategy: str = DEFAULT_STRATEGY
+    target: str = ATTENTION
+    """What a step of the ranking drops."""
     protected: frozenset[int] = frozenset()
     candidates: int = DEFAULT_CANDIDATES
     """How many layers each step of a strategy tries, where it tries layers."""
@@ -95,6 +98,13 @@ class PlanRequest:
         if self.strategy not in STRATEGIES:
             raise PlanError(
                 f"strategy {self.strategy!r} is not one of {', '.join(sorted(STRATEGIES))}"
+            )
+        if self.target not in TARGETS:
+            raise PlanError(f"target {self.target!r} is not one of {', '.join(TARGETS)}")
+        if self.target != ATTENTION and self.strategy in TRYING:
+            raise PlanError(
+                f"--strategy {self.strategy} ranks attention only; use --strategy "
+                f"{DEFAULT_STRATEGY} with --target {self.target}"
             )
         if self.candidates < 1:
             raise PlanError(f"--candidates must be at least 1, not {self.candidates}")
@@ -137,8 +147,7 @@ class Wanted:
             PlanError: as `parse_drop` does.
         """
         depths = {
-            parse_drop(drop, layers=plan.model.layers, most=len(plan.ranking))
-            for drop in self.drops
+            parse_drop(drop, layers=plan.whole, most=len(plan.ranking)) for drop in self.drops
         }
         return frozenset(depth for depth in depths if plan.quality(depth) is None)
 
@@ -236,6 +245,7 @@ def _ranked(
         raise _other_tokens(start)
     task = Task(
         base=base,
+        target=request.target,
         choosing=choosing,
         held_out=held_out,
         protected=frozenset(protected),
@@ -257,6 +267,7 @@ def _ranked(
         substitutes=_substitutes_record(request, found.substitutes),
         held_out=found.held_out,
         searched=found.searched,
+        target=request.target,
     )
     return plan, found.substitutes
 
@@ -325,8 +336,8 @@ class _Judge:
         snapshots = {}
         for depth in sorted(set(depths) - {0}):
             assert depth > self._depth, "what is dropped does not come back"
-            steps = self.plan.ranking[self._depth : depth]
-            self._trial.drop({step.layer: None for step in steps})
+            more = self.plan.dropped(depth) - self.plan.dropped(self._depth)
+            self._trial.drop(dict.fromkeys(more.attention), more.mlps)
             self._depth = depth
             snapshots[depth] = self._trial.snapshot()
         if not snapshots:
@@ -473,7 +484,7 @@ class PlanCache:
 
     def _tokens_path(self, base: BaseModel, request: PlanRequest) -> Path:
         question = _question(base, request)
-        for name in ("strategy", "candidates", "substitutes", "protected", "searched"):
+        for name in ("strategy", "target", "candidates", "substitutes", "protected", "searched"):
             question.pop(name, None)
         return self._tokens_file(question)
 
@@ -646,6 +657,8 @@ def _question(base: BaseModel, request: PlanRequest) -> dict[str, Any]:
     }
     if request.strategy == SEARCH:
         question["searched"] = (request.depth, request.evaluations, request.seed)
+    if request.target != ATTENTION:
+        question["target"] = request.target
     return question
 
 
@@ -661,11 +674,12 @@ def _check_answers(plan: Plan, base: BaseModel, request: PlanRequest) -> None:
         "length": record and record.length,
         "seed": record and record.seed,
         "strategy": plan.strategy,
+        "target": plan.target,
         "candidates": plan.candidates,
         "substitutes": plan.substitutes and plan.substitutes.kind,
         "protected": plan.protected,
         "searched": searched and (searched.depth, searched.evaluations, searched.seed),
     }
-    asked = _question(base, request)
+    asked = {"target": request.target, **_question(base, request)}
     if wrong := [name for name in asked if answered[name] != asked[name]]:
         raise PlanError(f"plan {plan.id} was made with another {', '.join(wrong)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from pruning.importance import measure_importance
 from pruning.loading import BaseModel
 from pruning.residuals import Residuals
 from pruning.substitutes import LinearSubstitute, SubstituteKind, Substitutes, fit_linear
+from pruning.targets import ATTENTION, JOINED, JOINT
 from pruning.trial import Replaced, Trial
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class DropStep:
     """The strategy's own measure, lower is better; None where nothing was measured."""
     quality: Quality | None = None
     """On held-out tokens, with this layer and all before it dropped; None where not measured."""
+    sublayer: str | None = None
+    """Which of the layer's sublayers, in a joint ranking; None where the target says it."""
 
 
 Ranking = tuple[DropStep, ...]
@@ -56,6 +59,8 @@ class Task:
     """What a strategy is given."""
 
     base: BaseModel
+    target: str = ATTENTION
+    """What a step drops; strategies that try layers know only `attention`."""
     choosing: Tensor
     """[samples, length] token ids to choose by."""
     held_out: Tensor
@@ -160,8 +165,15 @@ def rank_by_importance(importance: Sequence[float], protected: frozenset[int]) -
 
 def cosine(task: Task, journal: Journal, progress: Progress) -> Selection:
     """The paper's one-shot rule: measure every layer once, drop the least important first."""
-    importance = measure_importance(task.base, task.choosing, progress=progress)
-    return Selection(rank_by_importance(importance, task.protected))
+
+    def ranked(target: str) -> Ranking:
+        scores = measure_importance(task.base, task.choosing, target, progress=progress)
+        return rank_by_importance(scores, task.protected)
+
+    if task.target != JOINT:
+        return Selection(ranked(task.target))
+    steps = [replace(step, sublayer=each) for each in JOINED for step in ranked(each)]
+    return Selection(tuple(sorted(steps, key=lambda step: (step.cost or 0.0, step.layer))))
 
 
 def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:

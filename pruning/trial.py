@@ -44,9 +44,9 @@ class Trial:
             for layer, divergence in zip(layers, self._full.compare(lasts), strict=True)
         }
 
-    def drop(self, layers: Replaced) -> None:
-        """Drop more layers for good."""
-        self._residuals.drop(layers)
+    def drop(self, layers: Replaced, mlps: frozenset[int] = frozenset()) -> None:
+        """Drop more layers' attention and more layers' MLPs for good."""
+        self._residuals.drop(layers, mlps)
 
     def of_each(self, sets: Sequence[Collection[int]]) -> list[Quality]:
         """Return the quality if exactly these layers were dropped, for each set; nothing stands in

@@ -1,7 +1,8 @@
 """Variants: which layers keep attention under which name, and the layer groups they share.
 
-In a batch ordered by how much each variant keeps, the rows that attend in any layer must be a
-prefix. That holds for variants whose kept layers nest. Others run in a pass of their own: variants
+A variant may drop MLPs too. In a batch ordered by how much each variant keeps, the rows that a
+sublayer is computed for must be a prefix. That holds for variants whose kept sublayers nest. Others
+run in a pass of their own: variants
 are put into chains, in each of which all sets nest, and a batch is of one chain::
 
     chain 0   full    0 1 2 3 4 5 6 7
@@ -35,10 +36,20 @@ class VariantError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A name and the layers that keep their attention sublayer."""
+    """A name, the layers that keep their attention sublayer, and those that lose their MLP."""
 
     name: str
     kept: frozenset[int]
+    dropped_mlps: frozenset[int] = frozenset()
+
+    @property
+    def sublayers_lost(self) -> int:
+        """What it drops beyond others, where it drops all that they drop: up to a constant."""
+        return len(self.dropped_mlps) - len(self.kept)
+
+    def nests_in(self, other: Variant) -> bool:
+        """Whether it drops all that the other drops."""
+        return self.kept <= other.kept and self.dropped_mlps >= other.dropped_mlps
 
     def dropped(self, layers: int) -> tuple[int, ...]:
         """Return the dropped layers of a model with `layers` layers, in order."""
@@ -66,13 +77,14 @@ class Variants:
     def __init__(self, layers: int, variants: Sequence[Variant]) -> None:
         self.layers = layers
         self._ordered = tuple(
-            sorted(variants, key=lambda v: (-len(v.kept), v.name != FULL, v.name))
+            sorted(variants, key=lambda v: (v.sublayers_lost, v.name != FULL, v.name))
         )
         self._by_name = {variant.name: variant for variant in self._ordered}
         self._check(variants)
         self.chains = self._nesting()
         """Names of variants that can be in one batch, those that keep more attention first."""
         self.chain_of = {name: i for i, chain in enumerate(self.chains) for name in chain}
+        self.drop_mlps = any(variant.dropped_mlps for variant in self._ordered)
         self.groups = self._layer_groups()
         self.group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
@@ -97,7 +109,8 @@ class Variants:
     def _check(self, variants: Sequence[Variant]) -> None:
         if len(self._by_name) != len(variants):
             raise VariantError("two variants have the same name")
-        if FULL not in self._by_name or len(self._by_name[FULL].kept) != self.layers:
+        full = self._by_name.get(FULL)
+        if full is None or len(full.kept) != self.layers or full.dropped_mlps:
             raise VariantError(f"there must be a variant {FULL!r} that keeps every layer")
         for variant in self._ordered:
             if not is_name(variant.name):
@@ -110,12 +123,17 @@ class Variants:
                     f"variant {variant.name!r} must keep layer 0 and only layers below "
                     f"{self.layers}, but keeps {sorted(variant.kept)}"
                 )
+            if not variant.dropped_mlps <= set(range(1, self.layers)):
+                raise VariantError(
+                    f"variant {variant.name!r} can drop the MLPs of layers 1 to {self.layers - 1}, "
+                    f"not {sorted(variant.dropped_mlps)}"
+                )
 
     def _nesting(self) -> tuple[tuple[str, ...], ...]:
         chains: list[list[Variant]] = []
         for variant in self._ordered:
             for chain in chains:
-                if variant.kept <= chain[-1].kept:
+                if variant.nests_in(chain[-1]):
                     chain.append(variant)
                     break
             else:

@@ -217,7 +217,8 @@ def _greet(url: str, started: Started) -> None:
         default = " (default)" if info.name == service.default_variant else ""
         table.add_row(
             info.name + default,
-            f"{dropped}  ({len(info.dropped_layers)} of {plan.model.layers})",
+            f"{dropped}  ({len(info.dropped_layers)} of {plan.model.layers})"
+            + (f"; MLPs of {', '.join(map(str, info.dropped_mlps))}" if info.dropped_mlps else ""),
             f"{info.kv_bytes_per_token:,}",
             f"{info.capacity_tokens:,} tokens",
         )

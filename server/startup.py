@@ -166,7 +166,10 @@ def _planned(setting: VariantSetting, base: BaseModel, served: Planned) -> Plann
 
 def make_variants(settings: Settings, planned: Mapping[str, Planned]) -> Variants:
     """Return the variants to serve; say it if some cannot be in one batch."""
-    found = [Variant(name, each.plan.kept_layers()) for name, each in planned.items()]
+    found = [
+        Variant(name, each.plan.kept_layers(), each.plan.dropped().mlps)
+        for name, each in planned.items()
+    ]
     variants = Variants(len(planned[FULL].plan.kept_layers()), found)
     for chain in variants.chains[1:]:
         logger.info(

@@ -60,6 +60,7 @@ class Service(Front):
                 "plan": self.plan_ids[variant],
                 "attention_layers": info.attention_layers,
                 "dropped_layers": list(info.dropped_layers),
+                "dropped_mlps": list(info.dropped_mlps),
                 "kv_bytes_per_token": info.kv_bytes_per_token,
                 "quality": None if evidence.quality is None else asdict(evidence.quality),
                 "substitutes": {

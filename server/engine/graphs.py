@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pruning.attention import Attend
 from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend, Singles
-from server.engine.batch import Batch, attending_by_group, by_layer
+from server.engine.batch import Batch, attending_by_group, by_layer, mlp_rows
 from server.engine.runner import known_tokens
 from server.engine.sampling import most_likely
 from server.engine.transfer import aligned_starts, upload
@@ -143,6 +143,7 @@ class DecodeGraphs:
                 position_ids=inputs.positions[None].long(),
                 attend=self._attend,
                 attending_rows=layout.attending_rows,
+                mlp_rows=layout.mlp_rows,
             )
             logits = output.logits[0]
             self.logits[: len(logits)].copy_(logits)
@@ -195,6 +196,7 @@ class InputLayout:
         self._first_rows = [0, *accumulate(shape)]
         self._group_rows = attending_by_group(variants, shape)
         self.attending_rows = list(by_layer(variants, self._group_rows))
+        self.mlp_rows = mlp_rows(variants, shape)
         self._sizes = [sum(shape)] * 4 + [rows for rows in self._group_rows for _ in range(2)]
         self._starts = aligned_starts(self._sizes)
 

@@ -394,6 +394,18 @@ class TestCommand:
         assert plan.id != before.id
 
 
+def test_a_plan_that_drops_mlps_is_refused(folder, tmp_path):
+    made = attndrop(
+        folder, "plan", "--target", "mlp", "--drop", "2", "--output", tmp_path / "m.json"
+    )
+    assert made.exit_code == 0, made.output
+    result = attndrop(
+        folder, "heal", "--plan", tmp_path / "m.json", "--output", tmp_path / "h.json"
+    )
+    assert result.exit_code == 1
+    assert "is for target 'mlp'; heal a plan made with --target attention" in result.output
+
+
 def test_a_healed_plan_is_served(folder, tmp_path):
     out = tmp_path / "healed.json"
     result = heal(folder, "cosine", out, "--drop", 2, "--steps", 3)

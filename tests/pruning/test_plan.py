@@ -240,7 +240,7 @@ class TestFile:
         [
             (["format"], "other", "its format is 'other' version 2"),
             (["version"], 1, "version 1, but this release reads 'attndrop-plan' version 2; comp"),
-            (["target"], "mlp", "only 'attention' can be dropped"),
+            (["target"], "heads", "is not one of attention, mlp, block, joint"),
             (["extra"], 1, "extra: Unexpected keyword argument"),
             (["drop"], "2", "drop: Input should be a valid integer"),
             (["drop"], True, "drop: Input should be a valid integer"),
