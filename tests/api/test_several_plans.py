@@ -22,7 +22,15 @@ from tests.pruning.tiny_models import tiny_base, tiny_model
 from tests.reference.silenced import greedy, silenced
 
 LAYERS, TOKENS = 6, 12
-DROPPED = {"full": [], "pruned": [4, 2], "light": [4], "searched": [1, 5], "deep": [1, 5, 3]}
+DROPPED = {
+    "full": [],
+    "pruned": [4, 2],
+    "light": [4],
+    "searched": [1, 5],
+    "deep": [1, 5, 3],
+    "joint": [4],
+}
+MLPS = {"joint": [3, 4]}
 PROMPTS = ("All work", "and no play makes Jack a dull boy")
 
 
@@ -69,7 +77,11 @@ def server(
     plans = tmp_path_factory.mktemp("plans")
     own = planned(tiny, plans / "own.json", DROPPED["pruned"], 2)
     other = planned(tiny, plans / "other.json", DROPPED["deep"], 2)
-    variants = ("light=1", f"searched={other}", f"deep={other}:50%")
+    steps = [("attention", 4), ("mlp", 3), ("mlp", 4)]
+    ranking = tuple(DropStep(layer, None, sublayer=each) for each, layer in steps)
+    joint = plans / "joint.json"
+    write_plan(joint, new_plan(tiny, "cosine", ranking, (0,), None, target="joint").with_drop(3))
+    variants = ("light=1", f"searched={other}", f"deep={other}:50%", f"joint={joint}")
     options = ["--model", str(folder), "--plan", own, "--kv-cache-memory", "8MiB"]
     with serve([*options, *(each for v in variants for each in ("--variant", v))]) as server:
         yield server
@@ -91,13 +103,15 @@ def test_all_variants_answer_together_like_plain_transformers(
         with ThreadPoolExecutor(len(asked)) as pool:
             answers = list(pool.map(lambda each: ask(*each), asked))
     for (variant, prompt), answer in zip(asked, answers, strict=True):
-        model = silenced(plain, DROPPED[variant])
+        model = silenced(plain, DROPPED[variant], MLPS.get(variant, ()))
         tokens = greedy(model, tiny.tokenizer(prompt)["input_ids"], TOKENS)
         assert answer == tiny.tokenizer.decode(tokens)
     plans = {m["variant"]["name"]: m["variant"]["plan"] for m in models[1:]}
     assert plans["light"] == plans["pruned"] != plans["deep"] == plans["searched"]
     dropped = {m["variant"]["name"]: m["variant"]["dropped_layers"] for m in models[1:]}
     assert dropped == {name: sorted(layers) for name, layers in DROPPED.items()}
+    mlps = {m["variant"]["name"]: m["variant"]["dropped_mlps"] for m in models[1:]}
+    assert mlps == {name: MLPS.get(name, []) for name in DROPPED}
     assert any("what searched and deep drops does not nest" in line for line in server.output)
 
 
