@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +42,10 @@ from pruning.plan import (
     write_plan,
 )
 from pruning.plan_cache import PlanCache, PlanRequest, Wanted
-from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY
+from pruning.search import DEFAULT_EVALUATIONS
+from pruning.selection import ALWAYS_KEPT, DEFAULT_CANDIDATES, DEFAULT_STRATEGY, Searched
 from pruning.substitutes import SubstituteError, Substitutes, parse_substitutes
+from pruning.targets import ATTENTION, BLOCK, JOINED, JOINT, MLP, Sublayers
 
 _BAR_WIDTH = 10
 
@@ -131,11 +134,25 @@ def compute(
     seed: Annotated[int, typer.Option(help="Of text the model writes.")] = calibration.DEFAULT_SEED,
     protect: Annotated[str, typer.Option(help="Layers never to drop, like 1,2,29.")] = "",
     strategy: Annotated[
-        str, typer.Option(help="How layers are ranked: cosine, or greedy: better and slower.")
+        str,
+        typer.Option(
+            help="How layers are ranked: cosine; greedy: better and slower; or search: greedy, "
+            "then swaps at the depth that is asked for."
+        ),
     ] = DEFAULT_STRATEGY,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What is dropped: attention; or, by cosine, mlp, block (whole layers), or joint "
+            "(attention and MLPs ranked together)."
+        ),
+    ] = ATTENTION,
     candidates: Annotated[
-        int, typer.Option(help="Layers that each greedy step tries, by importance.")
+        int, typer.Option(help="Layers that each step of greedy tries, and swaps that search does.")
     ] = DEFAULT_CANDIDATES,
+    evaluations: Annotated[
+        int, typer.Option(help="Sets of layers that search tries at most.")
+    ] = DEFAULT_EVALUATIONS,
     substitutes: Annotated[
         str,
         typer.Option(
@@ -148,7 +165,7 @@ def compute(
     device: DeviceOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Measure again, even if cached.")] = False,
 ) -> None:
-    """Measure what every layer's attention is worth and write a plan."""
+    """Measure what every layer's attention, or another target, is worth and write a plan."""
     with user_errors():
         choice = chosen(drop, max_kl, min_agreement, max_perplexity_ratio) or DEFAULT_BUDGET
         request = PlanRequest(
@@ -157,8 +174,10 @@ def compute(
             length=length,
             seed=seed,
             strategy=strategy,
+            target=target,
             protected=parse_layers(protect),
             candidates=candidates,
+            evaluations=evaluations,
             substitutes=parse_substitutes(substitutes),
         )
         if request.substitutes is not None and output is None:
@@ -192,7 +211,7 @@ def import_llm_drop(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
-    """Make a plan of the attention that an LLM-Drop checkpoint drops."""
+    """Make a plan of what an LLM-Drop checkpoint drops."""
     with user_errors():
         base = load_base_model(model, dtype=dtype, device=device)
         _deliver(plan_from_llm_drop(config, base), output, "imported")
@@ -208,7 +227,7 @@ def export_llm_drop(
     with user_errors():
         chosen = read_plan(plan) if drop is None else read_plan(plan).dropping(drop)
         write_drop_lists(config, chosen)
-    _say(f"wrote {len(chosen.dropped_layers())} dropped layers of plan {chosen.id} into {config}")
+    _say(f"wrote {_named(chosen.dropped())}, dropped by plan {chosen.id}, into {config}")
 
 
 def plan_cache() -> PlanCache:
@@ -239,18 +258,30 @@ def _deliver(
     else:
         write_plan(output, plan, substitutes)
     place = "" if output is None else f" in {output}"
-    dropped = ", ".join(map(str, sorted(plan.dropped_layers()))) or "none"
     _say(
-        f"plan {plan.id} ({origin}){place}: drops {plan.drop} of {plan.model.layers} layers "
-        f"of {plan.model.name}: {dropped}"
+        f"plan {plan.id} ({origin}){place}: drops {plan.drop} of {plan.whole} "
+        f"{_UNITS[plan.target]} of {plan.model.name}: {_named(plan.dropped())}"
     )
     if (evidence := evidence_of(plan)) is not None:
         _say(evidence)
+    if plan.searched is not None:
+        _say(_searched_text(plan.searched))
     if substitutes is not None and output is not None:
         _say(f"{substitutes.described(plan.dropped_layers())} in {substitutes_path(output)}")
 
 
 # What a person sees.
+
+_UNITS = {ATTENTION: "layers", MLP: "MLPs", BLOCK: "whole layers", JOINT: "sublayers"}
+
+
+def _named(dropped: Sublayers) -> str:
+    """Return the layers of what is dropped; those of MLPs are named."""
+    attention = ", ".join(map(str, sorted(dropped.attention)))
+    mlps = ", ".join(map(str, sorted(dropped.mlps)))
+    if not mlps:
+        return attention or "none"
+    return f"attention of {attention or 'none'}; MLPs of {mlps}"
 
 
 def _heading(plan: Plan) -> str:
@@ -260,10 +291,23 @@ def _heading(plan: Plan) -> str:
         calibrated = f"{data.samples} x {data.length} tokens of {', '.join(data.sources)}{seed}"
     return (
         f"plan {plan.id}: {plan.model.name} ({plan.model.family}, {plan.dtype}), "
-        f"drops {plan.drop} of {plan.model.layers} layers\n"
+        f"drops {plan.drop} of {plan.whole} {_UNITS[plan.target]}\n"
         f"strategy {plan.strategy}; calibration: {calibrated}; made {plan.created}\n"
         f"substitutes: {_substitutes_of(plan)}\n"
         f"{evidence_of(plan) or 'the quality of this drop was not measured'}"
+        + ("" if plan.searched is None else f"\n{_searched_text(plan.searched)}")
+    )
+
+
+def _searched_text(searched: Searched) -> str:
+    """Return what a search gave over greedy."""
+    tried = f"searched {searched.tried} sets of {searched.depth} layers"
+    if searched.found is None:
+        return f"{tried}: none is better than greedy's (KL {searched.greedy.kl:.3f})"
+    return (
+        f"{tried}: KL on held-out tokens {searched.greedy.kl:.3f} (greedy) -> "
+        f"{searched.found.kl:.3f}, agreement {searched.greedy.agreement:.3f} -> "
+        f"{searched.found.agreement:.3f}"
     )
 
 
@@ -296,7 +340,8 @@ def evidence_of(plan: Plan) -> str | None:
 
 
 def _table(plan: Plan) -> Table:
-    """Return one row per layer: its cost as a bar, its place in the ranking, and its fate."""
+    """Return one row per layer: its cost as a bar, its place in the ranking, and its fate. In a
+    joint plan, a row for each of its sublayers."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     table.add_column("order", justify="right")
@@ -304,21 +349,23 @@ def _table(plan: Plan) -> Table:
     table.add_column("", width=_BAR_WIDTH)
     for heading in ("KL", "agreement", "perplexity"):
         table.add_column(heading, justify="right")
-    table.add_column("attention", no_wrap=True)
-    steps = {step.layer: (place, step) for place, step in enumerate(plan.ranking, start=1)}
+    table.add_column(plan.target, no_wrap=True)
+    ranked = enumerate(plan.ranking, start=1)
+    steps = {(step.layer, step.sublayer): (place, step) for place, step in ranked}
     highest = max((step.cost or 0.0 for step in plan.ranking), default=0.0)
-    dropped = plan.dropped_layers()
-    for layer in range(plan.model.layers):
-        place, step = steps.get(layer, (None, None))
+    sublayers = JOINED if plan.target == JOINT else (None,)
+    for layer, sublayer in product(range(plan.model.layers), sublayers):
+        place, step = steps.get((layer, sublayer), (None, None))
         cost = None if step is None else step.cost
+        is_dropped = place is not None and place <= plan.drop
         table.add_row(
-            str(layer),
+            str(layer) if sublayer is None else f"{layer} {sublayer}",
             "" if place is None else str(place),
             "" if cost is None else f"{cost:.5f}",
             _bar(cost, highest),
             *_quality_cells(None if step is None else step.quality),
-            "dropped" if layer in dropped else _why_kept(plan, layer),
-            style="dim" if layer in dropped else None,
+            "dropped" if is_dropped else _why_kept(plan, layer),
+            style="dim" if is_dropped else None,
         )
     return table
 

@@ -7,7 +7,7 @@ knows nothing of scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from pruning.calibration import (
     silent,
 )
 from pruning.loading import BaseModel
-from pruning.sublayers import rows_attending
+from pruning.sublayers import rows_kept
+from pruning.targets import NO_SUBLAYERS, Sublayers
 
 _TOGETHER = {"cpu": 8, "cuda": 128}
 """Answers that are written at one time."""
@@ -91,7 +92,7 @@ def sampled(
     prompts: Sequence[Tensor],
     most: int,
     seeds: Sequence[int],
-    dropped: Collection[int] = (),
+    dropped: Sublayers = NO_SUBLAYERS,
     progress: Progress = silent,
     what: str = "writing answers",
 ) -> list[Conversation]:
@@ -113,7 +114,7 @@ def greedy(
     base: BaseModel,
     prompts: Sequence[Tensor],
     most: int,
-    dropped: Collection[int] = (),
+    dropped: Sublayers = NO_SUBLAYERS,
     progress: Progress = silent,
     what: str = "writing answers",
 ) -> list[Conversation]:
@@ -134,7 +135,7 @@ def _answered(
     prompts: Sequence[Tensor],
     most: int,
     choose: _Choose,
-    dropped: Collection[int],
+    dropped: Sublayers,
     progress: Callable[[int, int], None],
 ) -> list[Conversation]:
     """Answer prompts of like length together."""
@@ -143,7 +144,7 @@ def _answered(
     answers: dict[int, list[int]] = {}
     for first in range(0, len(order), together):
         rows = order[first : first + together]
-        batch = _Batch(base, [prompts[row] for row in rows], set(dropped))
+        batch = _Batch(base, [prompts[row] for row in rows], dropped)
         for step in range(most):
             tokens = choose(batch.logits(), rows)[:, 0].tolist()
             batch.append(tokens)
@@ -168,7 +169,7 @@ class _Batch:
         [  d  e  f  g  h | u  .  . ]     an answer that has ended; what follows it is thrown away
     """
 
-    def __init__(self, base: BaseModel, prompts: Sequence[Tensor], dropped: set[int]) -> None:
+    def __init__(self, base: BaseModel, prompts: Sequence[Tensor], dropped: Sublayers) -> None:
         self._base, self._dropped = base, dropped
         width = max(map(len, prompts))
         padding = [width - len(prompt) for prompt in prompts]
@@ -197,7 +198,7 @@ class _Batch:
             self._ids.to(base.device),
             position_ids=(columns - self._padding).clamp(min=0),
             attend=self._attend,
-            attending_rows=rows_attending(base.layers, rows, self._dropped),
+            **rows_kept(base.layers, rows, self._dropped),
             logits_to_keep=1,
         )
         self._start += rows

@@ -45,6 +45,7 @@ from pruning.multiple_choice import chosen_by, read_questions
 from pruning.needle import hidden, retrieval
 from pruning.plan import Plan, dtype_name, versions
 from pruning.substitutes import Substitutes
+from pruning.targets import ATTENTION, NO_SUBLAYERS, Sublayers
 from pruning.trial import Trial
 
 _WINDOWS = 4
@@ -140,8 +141,8 @@ class Evaluator:
         full: list[int] = []
         for depth in self._depths:
             what = f"{depth} dropped: {questions.task}"
-            layers = self._plan.dropped_layers(depth)
-            picks = chosen_by(self._base, questions, layers, self._progress, what)
+            gone = self._plan.dropped(depth)
+            picks = chosen_by(self._base, questions, gone, self._progress, what)
             full = full or picks
             rights = [pick == item.gold for pick, item in zip(picks, questions.items, strict=True)]
             same = [pick == other for pick, other in zip(picks, full, strict=True)]
@@ -168,9 +169,9 @@ class Evaluator:
         prompts = [prompt_tokens(self._base, each) for each in asked]
         self._harness = version("lm_eval")
         for depth in self._depths:
-            layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: instructions"
+            gone, what = self._plan.dropped(depth), f"{depth} dropped: instructions"
             most = self._amount.instructed_answer
-            written = greedy(self._base, prompts, most, layers, self._progress, what)
+            written = greedy(self._base, prompts, most, gone, self._progress, what)
             answers = [self._text(each) for each in written]
             self._following.append(checks.followed(instructed, answers, depth))
 
@@ -193,8 +194,8 @@ class Evaluator:
             for place in places:
                 pairs = hidden(base.tokenizer, windows, place, amount.seed)
                 for depth in self._depths:
-                    layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: needles"
-                    found = likelihoods(base, pairs, layers, self._progress, what)
+                    gone, what = self._plan.dropped(depth), f"{depth} dropped: needles"
+                    found = likelihoods(base, pairs, gone, self._progress, what)
                     self._retrieval.append(retrieval(found, depth, length, place))
 
     def tasks(self, names: Sequence[str]) -> None:
@@ -204,7 +205,7 @@ class Evaluator:
             CalibrationError, EvidenceError: the harness is not installed, or a task not usable.
         """
         harness = _with_harness("pruning.harness")
-        depths = [(depth, self._plan.dropped_layers(depth)) for depth in self._depths]
+        depths = [(depth, self._plan.dropped(depth)) for depth in self._depths]
         items, seed = self._amount.items, self._amount.seed
         self._harness = version("lm_eval")
         self._tasks += harness.harness_scores(
@@ -224,6 +225,9 @@ class Evaluator:
             device=str(base.device),
             plan=plan.id,
             strategy=plan.strategy,
+            attention_dropped=None
+            if plan.target == ATTENTION
+            else {depth: len(plan.dropped_layers(depth)) for depth in self._depths},
             substitutes=None if record is None else record.fingerprint,
             substitutes_kind=None if record is None else record.kind,
             amount=self._amount,
@@ -242,9 +246,9 @@ class Evaluator:
 
     def _answers(self, prompts: Sequence[Tensor], depth: int) -> list[Conversation]:
         seeds = [self._amount.seed + index for index in range(len(prompts))]
-        layers, what = self._plan.dropped_layers(depth), f"{depth} dropped: writing answers"
+        gone, what = self._plan.dropped(depth), f"{depth} dropped: writing answers"
         most = self._amount.answer
-        return sampled(self._base, prompts, most, seeds, layers, self._progress, what)
+        return sampled(self._base, prompts, most, seeds, gone, self._progress, what)
 
     def _example(
         self, asked: str, written: Mapping[int, Sequence[Conversation]], index: int
@@ -277,17 +281,18 @@ class Evaluator:
     def _divergences(self, token_ids: Tensor, predicted_from: int) -> dict[int, Divergence]:
         trial = Trial(self._base, token_ids, predicted_from=predicted_from)
         snapshots = []
-        for depth, layers in self._steps():
-            trial.drop({layer: self._base.sublayers[layer].substitute for layer in layers})
+        for depth, more in self._steps():
+            places = {each: self._base.sublayers[each].substitute for each in more.attention}
+            trial.drop(places, more.mlps)
             snapshots.append((depth, trial.snapshot()))
         compared = trial.divergences([last for _, last in snapshots])
         return {depth: each for (depth, _), each in zip(snapshots, compared, strict=True)}
 
-    def _steps(self) -> Iterator[tuple[int, frozenset[int]]]:
-        """Yield each depth with the layers that it drops beyond the one before."""
-        before: frozenset[int] = frozenset()
+    def _steps(self) -> Iterator[tuple[int, Sublayers]]:
+        """Yield each depth with what it drops beyond the one before."""
+        before = NO_SUBLAYERS
         for depth in self._depths:
-            dropped = self._plan.dropped_layers(depth)
+            dropped = self._plan.dropped(depth)
             yield depth, dropped - before
             before = dropped
 

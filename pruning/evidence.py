@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -219,6 +219,8 @@ class Evaluation:
     following: tuple[Following, ...]
     retrieval: tuple[Retrieval, ...]
     examples: tuple[Example, ...]
+    attention_dropped: Mapping[int, int] | None = None
+    """How many layers lose their attention at each depth, where it is not one at each step."""
 
 
 _EVALUATION = TypeAdapter(Evaluation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pruning.families import context_limit
 from pruning.likelihood import Pair, encoded, likelihoods
 from pruning.loading import BaseModel
 from pruning.multiple_choice import DELIMITER, read_questions
+from pruning.targets import Sublayers
 
 _BOOTSTRAPS = 1000
 """Of metrics whose standard error has no formula."""
@@ -41,9 +42,7 @@ _SPLIT = "questions"
 class HarnessModel(LM):  # type: ignore[misc]
     """A variant of a base model, as the harness wants models to be."""
 
-    def __init__(
-        self, base: BaseModel, dropped: Collection[int], progress: Progress, what: str
-    ) -> None:
+    def __init__(self, base: BaseModel, dropped: Sublayers, progress: Progress, what: str) -> None:
         super().__init__()
         self._base, self._dropped = base, dropped
         self._progress, self._what = progress, what
@@ -101,7 +100,7 @@ class HarnessModel(LM):  # type: ignore[misc]
 def harness_scores(
     base: BaseModel,
     tasks: Sequence[str],
-    depths: Sequence[tuple[int, Collection[int]]],
+    depths: Sequence[tuple[int, Sublayers]],
     items: int,
     seed: int,
     progress: Progress = silent,
@@ -110,7 +109,7 @@ def harness_scores(
 
     Args:
         tasks: names of the harness, or paths of files of questions.
-        depths: numbers of dropped layers, each with the layers.
+        depths: numbers of dropped layers, each with what is dropped.
         items: documents of each task at most, at an even stride.
         seed: of the examples that a prompt begins with, in tasks that have some.
 

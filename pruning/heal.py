@@ -34,6 +34,7 @@ from pruning.substitutes import (
     Substitutes,
     parse_substitutes,
 )
+from pruning.targets import ATTENTION
 from pruning.trial import Trial
 from pruning.twin import Twin
 
@@ -152,6 +153,11 @@ class Healer:
 
     def _kind(self, request: HealRequest) -> SubstituteKind:
         """Return the kind of the healed plan's substitutes."""
+        if self._plan.target != ATTENTION:
+            raise HealError(
+                f"substitutes stand in for attention, but plan {self._plan.id} is for target "
+                f"{self._plan.target!r}; heal a plan made with --target {ATTENTION}"
+            )
         if not 1 <= request.drop <= len(self._plan.ranking):
             raise HealError(
                 f"cannot heal {request.drop} dropped layers: plan {self._plan.id} ranks "

@@ -6,7 +6,7 @@ token sees the padding behind it. Knows tokens and variants; knows nothing of wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from pruning.evidence import EvidenceError
 from pruning.families import context_limit
 from pruning.head import Head
 from pruning.loading import BaseModel
-from pruning.sublayers import rows_attending
+from pruning.sublayers import rows_kept
+from pruning.targets import NO_SUBLAYERS, Sublayers
 
 _TOKENS = {"cpu": 2048, "cuda": 1 << 15}
 """Tokens of a batch, padding included."""
@@ -80,7 +81,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str)
 def likelihoods(
     base: BaseModel,
     pairs: Sequence[Pair],
-    dropped: Collection[int] = (),
+    dropped: Sublayers = NO_SUBLAYERS,
     progress: Progress = silent,
     what: str = "scoring",
 ) -> list[Likelihood]:
@@ -100,7 +101,7 @@ def likelihoods(
     head, done = Head(base), 0
     found: dict[int, Likelihood] = {}
     for batch in _batches(pairs, _TOKENS.get(base.device.type, _TOKENS["cpu"])):
-        scored = _scored(base, head, [pairs[index] for index in batch], set(dropped))
+        scored = _scored(base, head, [pairs[index] for index in batch], dropped)
         found.update(zip(batch, scored, strict=True))
         done += len(batch)
         progress(what, done, len(pairs))
@@ -121,14 +122,14 @@ def _batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def _scored(
-    base: BaseModel, head: Head, pairs: Sequence[Pair], dropped: set[int]
+    base: BaseModel, head: Head, pairs: Sequence[Pair], dropped: Sublayers
 ) -> list[Likelihood]:
     rows = [torch.tensor(pair.context + pair.continuation) for pair in pairs]
     ids = pad_sequence(rows, batch_first=True).to(base.device)
     hidden = base.model.get_decoder()(  # type: ignore[no-untyped-call]
         ids,
         attend=CausalAttention(),
-        attending_rows=rows_attending(base.layers, ids.shape[1], dropped),
+        **rows_kept(base.layers, ids.shape[1], dropped),
     ).last_hidden_state
     last = torch.cat(
         [

@@ -16,6 +16,7 @@ from pruning.files import write_atomically
 from pruning.loading import BaseModel
 from pruning.plan import Plan, PlanError, new_plan
 from pruning.selection import ALWAYS_KEPT, DropStep
+from pruning.targets import ATTENTION, JOINT, MLP
 
 STRATEGY = "llm-drop"
 """The strategy named in imported plans: the order is known, the costs are not."""
@@ -46,25 +47,34 @@ def read_drop_lists(config_path: Path) -> DropLists:
 
 
 def plan_from_llm_drop(config_path: Path, base: BaseModel) -> Plan:
-    """Return a plan for `base` that drops the attention an LLM-Drop config.json drops.
+    """Return a plan for `base` that drops what an LLM-Drop config.json drops.
 
-    Nothing was measured here, so the costs are None; the ranking holds the listed layers only.
+    Nothing was measured here, so the costs are None; the ranking holds the listed layers only. It
+    is joint where both lists hold some: attention first, since the config knows no order of both.
 
     Raises:
-        PlanError: the lists are empty, drop MLPs or layer 0, or are for another number of layers.
+        PlanError: the lists are empty, drop layer 0, or are for another number of layers.
     """
     lists = read_drop_lists(config_path)
-    _check_no_mlp(config_path, lists)
     _check_layers(config_path, lists, len(base.sublayers), base.name)
-    if not lists.attention:
-        raise PlanError(f"{config_path} drops no attention: its {ATTENTION_KEY} is empty or absent")
-    if ALWAYS_KEPT in lists.attention:
+    if not lists.attention and not lists.mlp:
         raise PlanError(
-            f"{config_path} drops the attention of layer {ALWAYS_KEPT}, which must be kept; remove "
-            f"it from {ATTENTION_KEY}"
+            f"{config_path} drops nothing: its {ATTENTION_KEY} and {MLP_KEY} are empty or absent"
         )
-    ranking = tuple(DropStep(layer, None) for layer in lists.attention)
-    plan = new_plan(base, STRATEGY, ranking, (ALWAYS_KEPT,), None)
+    for key, what, listed in (
+        (ATTENTION_KEY, "attention", lists.attention),
+        (MLP_KEY, "MLP", lists.mlp),
+    ):
+        if ALWAYS_KEPT in listed:
+            raise PlanError(
+                f"{config_path} drops the {what} of layer {ALWAYS_KEPT}, which must be kept; "
+                f"remove it from {key}"
+            )
+    target = JOINT if lists.attention and lists.mlp else ATTENTION if lists.attention else MLP
+    steps = [DropStep(layer, None, sublayer=ATTENTION) for layer in lists.attention]
+    steps += [DropStep(layer, None, sublayer=MLP) for layer in lists.mlp]
+    ranking = tuple(each if target == JOINT else DropStep(each.layer, None) for each in steps)
+    plan = new_plan(base, STRATEGY, ranking, (ALWAYS_KEPT,), None, target=target)
     return plan.with_drop(len(ranking))
 
 
@@ -84,13 +94,13 @@ def write_drop_lists(config_path: Path, plan: Plan, count: int | None = None) ->
             f"plan {plan.id} has substitutes, and this format cannot carry them; export a plan "
             "that was made without --substitutes"
         )
-    dropped = plan.dropped_layers(count)
+    dropped = plan.dropped(count)
     config = _read_config(config_path)
     lists = _drop_lists(config_path, config)
     _check_no_mlp(config_path, lists)
     _check_layers(config_path, lists, plan.model.layers, plan.model.name)
-    config[ATTENTION_KEY] = [step.layer for step in plan.ranking if step.layer in dropped]
-    config[MLP_KEY] = []
+    config[ATTENTION_KEY] = _in_order(plan, dropped.attention, MLP)
+    config[MLP_KEY] = _in_order(plan, dropped.mlps, ATTENTION)
     try:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         write_atomically(config_path, text.encode())
@@ -98,6 +108,13 @@ def write_drop_lists(config_path: Path, plan: Plan, count: int | None = None) ->
         raise PlanError(
             f"cannot write {config_path}: {error.strerror}; check the folder's permissions"
         ) from error
+
+
+def _in_order(plan: Plan, dropped: frozenset[int], other: str) -> list[int]:
+    """Return the layers that lose a sublayer in the order in which they do; steps of a joint
+    ranking that drop the `other` one say nothing of it."""
+    steps = [step for step in plan.ranking if step.sublayer != other]
+    return [step.layer for step in steps if step.layer in dropped]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -140,8 +157,8 @@ def _layer_list(path: Path, config: dict[str, Any], key: str) -> tuple[int, ...]
 def _check_no_mlp(path: Path, lists: DropLists) -> None:
     if lists.mlp:
         raise PlanError(
-            f"{path} drops the MLPs of layers {list(lists.mlp)}, and only attention can be dropped "
-            f"here; use a checkpoint whose {MLP_KEY} is empty"
+            f"{path} drops the MLPs of layers {list(lists.mlp)} already; use a checkpoint whose "
+            f"{MLP_KEY} is empty"
         )
 
 

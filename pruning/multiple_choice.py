@@ -7,7 +7,7 @@ lm-evaluation-harness's `acc_norm`. A file whose prompts differ and share one co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pruning.calibration import Progress, calibration_source, json_records, sile
 from pruning.evidence import EvidenceError
 from pruning.likelihood import encoded, likelihoods
 from pruning.loading import BaseModel
+from pruning.targets import NO_SUBLAYERS, Sublayers
 
 DELIMITER = " "
 """Between a prompt and a choice."""
@@ -61,7 +62,7 @@ def read_questions(path: Path, most: int) -> Questions:
 def chosen_by(
     base: BaseModel,
     questions: Questions,
-    dropped: Collection[int] = (),
+    dropped: Sublayers = NO_SUBLAYERS,
     progress: Progress = silent,
     what: str = "multiple choice",
 ) -> list[int]:

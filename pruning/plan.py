@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -25,12 +26,20 @@ from pruning.budget import Budget
 from pruning.divergence import Baseline, Quality
 from pruning.files import write_atomically
 from pruning.loading import BaseModel
-from pruning.selection import ALWAYS_KEPT, Ranking
+from pruning.selection import ALWAYS_KEPT, Ranking, Searched
 from pruning.substitutes import SUFFIX, SubstituteError, Substitutes, parse_substitutes
+from pruning.targets import (
+    ATTENTION,
+    JOINED,
+    JOINT,
+    NO_SUBLAYERS,
+    TARGETS,
+    Sublayers,
+    sublayers_of,
+)
 
 FORMAT = "attndrop-plan"
 VERSION = 2
-TARGET = "attention"
 MAX_PLAN_BYTES = 1 << 20
 MAX_LAYERS = 1024
 
@@ -132,6 +141,7 @@ class Plan:
     version: int
     model: PlannedModel
     target: str
+    """What a step of the ranking drops, one of `targets.TARGETS`."""
     strategy: str
     candidates: int | None
     """How many layers each step tried; None where the strategy tries none."""
@@ -151,6 +161,8 @@ class Plan:
     dtype: str
     created: str
     versions: Versions
+    searched: Searched | None = None
+    """How the set for one depth was searched for; None where the strategy ranks all depths."""
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -159,12 +171,14 @@ class Plan:
     @property
     def id(self) -> str:
         """12 hex digits over all that decides what is dropped at each depth: not `drop` and what
-        chose it, not `created` and `versions`, not the quality."""
+        chose it, not `created` and `versions`, not the quality nor how it was searched for."""
         content = asdict(self)
-        for name in ("drop", "budget", "held_out", "created", "versions"):
+        for name in ("drop", "budget", "held_out", "created", "versions", "searched"):
             del content[name]
         for step in content["ranking"]:
             del step["quality"]
+            if step["sublayer"] is None:
+                del step["sublayer"]  # as in plans from before there was such a field
         if content["substitutes"] is not None:
             del content["substitutes"]["healed"]  # the fingerprint covers what came of it
         return digest(content)[:12]
@@ -175,7 +189,7 @@ class Plan:
         Raises:
             PlanError: as `parse_drop` does.
         """
-        return self.with_drop(parse_drop(drop, layers=self.model.layers, most=len(self.ranking)))
+        return self.with_drop(parse_drop(drop, layers=self.whole, most=len(self.ranking)))
 
     def with_drop(self, drop: int) -> Self:
         """Return the plan with another number of layers to drop."""
@@ -251,12 +265,25 @@ class Plan:
             return Quality(kl=0.0, agreement=1.0, perplexity=self.held_out.perplexity)
         return self.ranking[count - 1].quality
 
-    def dropped_layers(self, count: int | None = None) -> frozenset[int]:
-        """Return the first `count` layers of the ranking; by default the plan's own count."""
+    @property
+    def whole(self) -> int:
+        """How many there are of what a step drops; a share to drop is one of these."""
+        return self.model.layers * (len(JOINED) if self.target == JOINT else 1)
+
+    def dropped(self, count: int | None = None) -> Sublayers:
+        """Return what the first `count` steps of the ranking drop; by default the plan's own
+        count."""
         count = self.drop if count is None else count
         if not 0 <= count <= len(self.ranking):
             raise PlanError(f"cannot drop {count} layers: {_ranked(self)}")
-        return frozenset(step.layer for step in self.ranking[:count])
+        steps = self.ranking[:count]
+        each = (sublayers_of(step.sublayer or self.target, step.layer) for step in steps)
+        return reduce(Sublayers.__or__, each, NO_SUBLAYERS)
+
+    def dropped_layers(self, count: int | None = None) -> frozenset[int]:
+        """Return the layers whose attention is dropped by the first `count` steps of the ranking;
+        by default the plan's own count."""
+        return self.dropped(count).attention
 
     def kept_layers(self, count: int | None = None) -> frozenset[int]:
         """Return the layers that keep attention when `count` are dropped."""
@@ -285,8 +312,8 @@ def _problems(plan: Plan) -> Iterator[str]:
     """Yield what is wrong with a plan, most basic first."""
     if (plan.format, plan.version) != (FORMAT, VERSION):
         yield _foreign_format(plan.format, plan.version)
-    if plan.target != TARGET:
-        yield f"its target is {plan.target!r}, but only {TARGET!r} can be dropped"
+    if plan.target not in TARGETS:
+        yield f"its target is {plan.target!r:.40}, which is not one of {', '.join(TARGETS)}"
     if not 1 <= plan.model.layers <= MAX_LAYERS:
         yield f"model.layers must be 1 to {MAX_LAYERS}, not {plan.model.layers}"
     if not _CREATED.fullmatch(plan.created):
@@ -327,6 +354,8 @@ def _evidence_problems(plan: Plan) -> Iterator[str]:
         yield "held_out must hold at least one token and a perplexity above 0"
     if plan.candidates is not None and plan.candidates < 1:
         yield f"candidates must be at least 1, not {plan.candidates}"
+    if plan.searched is not None:
+        yield from _searched_problems(plan, plan.searched)
     if plan.substitutes is not None:
         try:
             if parse_substitutes(plan.substitutes.kind) is None:
@@ -335,6 +364,16 @@ def _evidence_problems(plan: Plan) -> Iterator[str]:
             yield str(error)
         if plan.substitutes.healed is not None:
             yield from _healed_problems(plan, plan.substitutes.healed)
+
+
+def _searched_problems(plan: Plan, searched: Searched) -> Iterator[str]:
+    if not 1 <= searched.depth <= len(plan.ranking):
+        yield f"it was searched for {searched.depth} dropped layers: {_ranked(plan)}"
+    if min(searched.evaluations, searched.tried) < 1:
+        yield "searched.evaluations and searched.tried must be at least 1"
+    for quality in (searched.greedy, searched.found):
+        if quality is not None and not _is_possible(quality):
+            yield "the quality in searched is not one that can be measured"
 
 
 def _healed_problems(plan: Plan, healed: Healed) -> Iterator[str]:
@@ -372,8 +411,18 @@ def _layer_problems(plan: Plan) -> Iterator[str]:
         for layer in layers:
             if not 0 <= layer <= last:
                 yield f"layer {layer} in {name} is not one of the model's layers, 0 to {last}"
-            if layers.count(layer) > 1:
-                yield f"layer {layer} is listed twice in {name}"
+    steps = [(step.layer, step.sublayer) for step in plan.ranking]
+    for layer in sorted({layer for layer, each in steps if steps.count((layer, each)) > 1}):
+        yield f"layer {layer} is listed twice in ranking"
+    for layer in sorted({each for each in plan.protected if plan.protected.count(each) > 1}):
+        yield f"layer {layer} is listed twice in protected"
+    allowed = JOINED if plan.target == JOINT else (None,)
+    for step in plan.ranking:
+        if step.sublayer not in allowed:
+            yield (
+                f"layer {step.layer} in ranking names sublayer {step.sublayer!r:.40}, which a plan "
+                f"for {plan.target!r:.40} does not do like that"
+            )
     if ALWAYS_KEPT not in plan.protected:
         yield f"protected must list layer {ALWAYS_KEPT}, which always keeps its attention"
     if both := sorted(set(ranked) & set(plan.protected)):
@@ -397,6 +446,11 @@ def parse_layers(text: str) -> frozenset[int]:
     if not all(part.isascii() and part.isdigit() for part in parts):
         raise PlanError(f"--protect must be layer indices like '1,2,29', not {text!r}")
     return frozenset(int(part) for part in parts)
+
+
+def is_drop(text: str) -> bool:
+    """Whether a text says how many layers to drop, as `parse_drop` reads it."""
+    return _DROP.fullmatch(text.strip()) is not None
 
 
 def parse_drop(text: str, *, layers: int, most: int) -> int:
@@ -529,7 +583,11 @@ def write_plan(path: Path, plan: Plan, substitutes: Substitutes | None = None) -
 
 def plan_json(plan: Plan) -> str:
     """Return the text of a plan file: indented JSON, one layer of the ranking a line."""
-    text = json.dumps(asdict(plan), indent=2, ensure_ascii=False, allow_nan=False)
+    content = asdict(plan)
+    for step in content["ranking"]:
+        if step["sublayer"] is None:
+            del step["sublayer"]
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     return _STEP.sub(lambda match: " ".join(match[0].split()), text) + "\n"
 
 
@@ -557,6 +615,8 @@ def new_plan(
     candidates: int | None = None,
     substitutes: SubstitutesRecord | None = None,
     held_out: Baseline | None = None,
+    searched: Searched | None = None,
+    target: str = ATTENTION,
 ) -> Plan:
     """Return a plan for `base`, made now, that drops nothing until `with_drop`."""
     return Plan(
@@ -565,7 +625,7 @@ def new_plan(
         model=PlannedModel(
             base.name, base.model.config.model_type, len(base.sublayers), base.fingerprint
         ),
-        target=TARGET,
+        target=target,
         strategy=strategy,
         candidates=candidates,
         substitutes=substitutes,
@@ -578,6 +638,7 @@ def new_plan(
         dtype=dtype_name(base),
         created=_now(),
         versions=versions(),
+        searched=searched,
     )
 
 

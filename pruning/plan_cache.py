@@ -7,7 +7,7 @@ those depths that somebody asks about. The calibration tokens are made when a pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,18 +46,21 @@ from pruning.plan import (
     substitutes_of,
     write_plan,
 )
+from pruning.search import DEFAULT_EVALUATIONS
 from pruning.selection import (
     ALWAYS_KEPT,
     DEFAULT_CANDIDATES,
     DEFAULT_STRATEGY,
     GREEDY,
-    STRATEGIES,
     Journal,
     NoJournal,
     Ranking,
     Task,
+    TriedSet,
 )
+from pruning.strategies import SEARCH, STRATEGIES, TRYING
 from pruning.substitutes import SUFFIX, SubstituteError, SubstituteKind, Substitutes
+from pruning.targets import ATTENTION, TARGETS
 from pruning.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -80,18 +83,38 @@ class PlanRequest:
     length: int = DEFAULT_LENGTH
     seed: int = DEFAULT_SEED
     strategy: str = DEFAULT_STRATEGY
+    target: str = ATTENTION
+    """What a step of the ranking drops."""
     protected: frozenset[int] = frozenset()
     candidates: int = DEFAULT_CANDIDATES
-    """How many layers each step of the greedy strategy tries."""
+    """How many layers each step of a strategy tries, where it tries layers."""
     substitutes: SubstituteKind | None = None
+    evaluations: int = DEFAULT_EVALUATIONS
+    """How many sets the search strategy tries at most."""
+    depth: int | None = None
+    """The depth it searches for; None: what is wanted says it."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise PlanError(
                 f"strategy {self.strategy!r} is not one of {', '.join(sorted(STRATEGIES))}"
             )
+        if self.target not in TARGETS:
+            raise PlanError(f"target {self.target!r} is not one of {', '.join(TARGETS)}")
+        if self.target != ATTENTION and self.strategy in TRYING:
+            raise PlanError(
+                f"--strategy {self.strategy} ranks attention only; use --strategy "
+                f"{DEFAULT_STRATEGY} with --target {self.target}"
+            )
         if self.candidates < 1:
             raise PlanError(f"--candidates must be at least 1, not {self.candidates}")
+        if self.evaluations < 1:
+            raise PlanError(f"--evaluations must be at least 1, not {self.evaluations}")
+        if self.substitutes is not None and self.strategy == SEARCH:
+            raise PlanError(
+                f"the {SEARCH} strategy drops layers without substitutes; fit them for the plan it "
+                "makes by `attndrop heal` (--steps 0 trains nothing)"
+            )
         if self.substitutes is not None and self.strategy != GREEDY:
             raise PlanError(
                 f"substitutes are fitted as the {GREEDY} strategy goes along; add --strategy "
@@ -124,8 +147,7 @@ class Wanted:
             PlanError: as `parse_drop` does.
         """
         depths = {
-            parse_drop(drop, layers=plan.model.layers, most=len(plan.ranking))
-            for drop in self.drops
+            parse_drop(drop, layers=plan.whole, most=len(plan.ranking)) for drop in self.drops
         }
         return frozenset(depth for depth in depths if plan.quality(depth) is None)
 
@@ -204,24 +226,35 @@ def compute_plan(
     substitutes if the request is for some.
 
     Raises:
-        PlanError: a protected layer does not exist.
+        PlanError: a protected layer does not exist, or a search has no depth.
         CalibrationError: the calibration data is not usable.
         ImportanceError, DivergenceError, SubstituteError: a measured number is not finite.
     """
-    return _ranked(Measurement(base, request, progress), NoJournal())
+    return _ranked(Measurement(base, request, progress), NoJournal(), None)
 
 
-def _ranked(measurement: Measurement, journal: Journal) -> tuple[Plan, Substitutes | None]:
+def _ranked(
+    measurement: Measurement, journal: Journal, start: Plan | None
+) -> tuple[Plan, Substitutes | None]:
+    """Rank; `start` is the plan that a search starts from, if there is one already."""
     base, request = measurement.base, measurement.request
     protected = _protected(base, request)
+    depth = _depth(base, request, len(protected)) if request.strategy == SEARCH else 0
     choosing, held_out = measurement.calibration.split()
+    if start is not None and start.calibration != measurement.record:
+        raise _other_tokens(start)
     task = Task(
         base=base,
+        target=request.target,
         choosing=choosing,
         held_out=held_out,
         protected=frozenset(protected),
         candidates=request.candidates,
         substitutes=request.substitutes,
+        depth=depth,
+        evaluations=request.evaluations,
+        seed=request.seed,
+        start=() if start is None else start.ranking,
     )
     found = STRATEGIES[request.strategy](task, journal, measurement.progress)
     plan = new_plan(
@@ -230,11 +263,35 @@ def _ranked(measurement: Measurement, journal: Journal) -> tuple[Plan, Substitut
         found.ranking,
         protected,
         measurement.record,
-        candidates=request.candidates if request.strategy == GREEDY else None,
+        candidates=request.candidates if request.strategy in TRYING else None,
         substitutes=_substitutes_record(request, found.substitutes),
         held_out=found.held_out,
+        searched=found.searched,
+        target=request.target,
     )
     return plan, found.substitutes
+
+
+def _depth(base: BaseModel, request: PlanRequest, protected: int) -> int:
+    """Return the depth to search for.
+
+    Raises:
+        PlanError: there is none, or no set to choose from.
+    """
+    most = base.layers - protected
+    if request.depth is None or not 1 <= request.depth < most:
+        raise PlanError(
+            f"--strategy {SEARCH} chooses a set of layers to drop for one depth, 1 to {most - 1} "
+            f"of {base.name}, not {request.depth or 0}; give another --drop or a wider budget"
+        )
+    return request.depth
+
+
+def _other_tokens(plan: Plan) -> PlanError:
+    return PlanError(
+        f"plan {plan.id} was made with other calibration tokens than there are now, so that "
+        "none are known to be held out; measure again with --force"
+    )
 
 
 def judged(plan: Plan, measurement: Measurement, wanted: Wanted) -> Plan:
@@ -250,10 +307,7 @@ def judged(plan: Plan, measurement: Measurement, wanted: Wanted) -> Plan:
     if not missing and settled:
         return plan
     if plan.calibration != measurement.record:
-        raise PlanError(
-            f"plan {plan.id} was made with other calibration tokens than there are now, so that "
-            "none are known to be held out; measure again with --force"
-        )
+        raise _other_tokens(plan)
     _, held_out = measurement.calibration.split()
     judge = _Judge(plan, Trial(measurement.base, held_out), measurement.progress)
     while wanted.budget is not None and (depths := judge.needed(wanted.budget)):
@@ -282,8 +336,8 @@ class _Judge:
         snapshots = {}
         for depth in sorted(set(depths) - {0}):
             assert depth > self._depth, "what is dropped does not come back"
-            steps = self.plan.ranking[self._depth : depth]
-            self._trial.drop({step.layer: None for step in steps})
+            more = self.plan.dropped(depth) - self.plan.dropped(self._depth)
+            self._trial.drop(dict.fromkeys(more.attention), more.mlps)
             self._depth = depth
             snapshots[depth] = self._trial.snapshot()
         if not snapshots:
@@ -340,6 +394,7 @@ class PlanCache:
                 `compute_plan`.
         """
         self._make_folder()
+        request = self._at_depth(base, request, progress, wanted)
         measurement = self._measurement(base, request, progress)
         cached = self._cached(base, request)
         plan = self._ranked(measurement) if cached is None else cached
@@ -354,9 +409,13 @@ class PlanCache:
     ) -> Plan:
         """Return a newly measured plan and keep it in place of the cached one, if there is one."""
         self._make_folder()
+        if request.strategy == SEARCH:
+            self.compute(base, _greedy(request), progress)
+        else:
+            self._tokens_path(base, request).unlink(missing_ok=True)
+        request = self._at_depth(base, request, progress, wanted)
         measurement = self._measurement(base, request, progress)
         _Partial(self._path(base, request), measurement).remove()
-        self._tokens_path(base, request).unlink(missing_ok=True)
         return self._judged(self._ranked(measurement), measurement, wanted)
 
     def substitutes(self, plan: Plan) -> Substitutes | None:
@@ -403,6 +462,17 @@ class PlanCache:
             )
         return max(plans, key=lambda plan: plan.created)
 
+    def _at_depth(
+        self, base: BaseModel, request: PlanRequest, progress: Progress, wanted: Wanted
+    ) -> PlanRequest:
+        """Return a request that says which depth to search for, if it is for a search: the one that
+        is wanted of greedy's plan."""
+        choice = wanted.budget or next(iter(wanted.drops), None)
+        if request.strategy != SEARCH or request.depth is not None or choice is None:
+            return request
+        plan, _ = self.load_or_compute(base, _greedy(request), progress, Wanted.by(choice))
+        return replace(request, depth=plan.choosing(choice).drop)
+
     def _measurement(
         self, base: BaseModel, request: PlanRequest, progress: Progress
     ) -> Measurement:
@@ -414,8 +484,8 @@ class PlanCache:
 
     def _tokens_path(self, base: BaseModel, request: PlanRequest) -> Path:
         question = _question(base, request)
-        for name in ("strategy", "candidates", "substitutes", "protected"):
-            del question[name]
+        for name in ("strategy", "target", "candidates", "substitutes", "protected", "searched"):
+            question.pop(name, None)
         return self._tokens_file(question)
 
     def _tokens_file(self, question: Mapping[str, Any]) -> Path:
@@ -439,9 +509,13 @@ class PlanCache:
 
     def _ranked(self, measurement: Measurement) -> Plan:
         """Rank, and keep the plan; a search that was broken off goes on."""
-        path = self._path(measurement.base, measurement.request)
+        base, request = measurement.base, measurement.request
+        path = self._path(base, request)
         partial = _Partial(path, measurement)
-        plan, substitutes = _ranked(measurement, partial)
+        start = None
+        if request.strategy == SEARCH:
+            start, _ = self.load_or_compute(base, _greedy(request), measurement.progress)
+        plan, substitutes = _ranked(measurement, partial, start)
         if substitutes is not None:
             self._write_substitutes(substitutes)
         write_plan(path, plan)
@@ -493,12 +567,18 @@ class PlanCache:
             ) from error
 
 
+def _greedy(request: PlanRequest) -> PlanRequest:
+    """Return what a search starts from."""
+    return replace(request, strategy=GREEDY)
+
+
 @dataclass(frozen=True, slots=True)
 class _Steps:
     """What a search that is not finished has found, and the calibration tokens it used."""
 
     calibration: str
-    ranking: Ranking
+    ranking: Ranking = ()
+    tried: tuple[TriedSet, ...] = ()
 
 
 _STEPS = TypeAdapter(_Steps)
@@ -512,30 +592,50 @@ class _Partial:
         self._measurement = measurement
 
     def load(self) -> Ranking:
+        return self._found.ranking
+
+    def save(self, steps: Ranking) -> None:
+        self._write(replace(self._found, ranking=steps))
+
+    def load_tried(self) -> tuple[TriedSet, ...]:
+        return self._found.tried
+
+    def save_tried(self, tried: tuple[TriedSet, ...]) -> None:
+        self._write(replace(self._found, tried=tried))
+
+    @cached_property
+    def _found(self) -> _Steps:
+        """What the file holds, nothing if it does not belong to this search."""
+        nothing = _Steps(self._measurement.record.fingerprint)
         try:
             found = _STEPS.validate_json(self._path.read_bytes(), strict=True, extra="forbid")
         except FileNotFoundError:
-            return ()
+            return nothing
         except (OSError, ValidationError) as error:
             logger.warning("starting over, since %s cannot be read: %s", self._path, error)
-            return ()
-        layers = [step.layer for step in found.ranking]
+            return nothing
+        if found.calibration != nothing.calibration:
+            logger.warning("starting over, since the calibration tokens are other ones now")
+            return nothing
+        if not self._fits([step.layer for step in found.ranking]) or not all(
+            self._fits(each.dropped) for each in found.tried
+        ):
+            logger.warning("starting over, since %s does not fit the model", self._path)
+            return nothing
+        return found
+
+    def _fits(self, layers: Sequence[int]) -> bool:
+        """Whether these layers could be dropped."""
         kept = set(_protected(self._measurement.base, self._measurement.request))
         droppable = set(range(self._measurement.base.layers)) - kept
-        if found.calibration != self._measurement.record.fingerprint:
-            logger.warning("starting over, since the calibration tokens are other ones now")
-            return ()
-        if len(set(layers)) < len(layers) or not set(layers) <= droppable:
-            logger.warning("starting over, since %s does not fit the model", self._path)
-            return ()
-        return found.ranking
+        return len(set(layers)) == len(layers) and set(layers) <= droppable
 
-    def save(self, steps: Ranking) -> None:
-        content = _Steps(self._measurement.record.fingerprint, steps)
+    def _write(self, found: _Steps) -> None:
         try:
-            write_atomically(self._path, _STEPS.dump_json(content))
+            write_atomically(self._path, _STEPS.dump_json(found))
         except OSError as error:
             raise PlanError(f"cannot write {self._path}: {error.strerror}") from error
+        self._found = found
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -543,7 +643,7 @@ class _Partial:
 
 def _question(base: BaseModel, request: PlanRequest) -> dict[str, Any]:
     """Return what decides the ranking, in the words of a plan."""
-    return {
+    question: dict[str, Any] = {
         "model": base.fingerprint,
         "dtype": dtype_name(base),
         "sources": tuple(map(calibration_source, request.calibration)),
@@ -551,16 +651,21 @@ def _question(base: BaseModel, request: PlanRequest) -> dict[str, Any]:
         "length": request.length,
         "seed": request.seed if SELF in request.calibration else None,
         "strategy": request.strategy,
-        "candidates": request.candidates if request.strategy == GREEDY else None,
+        "candidates": request.candidates if request.strategy in TRYING else None,
         "substitutes": request.substitutes and str(request.substitutes),
         "protected": _protected(base, request),
     }
+    if request.strategy == SEARCH:
+        question["searched"] = (request.depth, request.evaluations, request.seed)
+    if request.target != ATTENTION:
+        question["target"] = request.target
+    return question
 
 
 def _check_answers(plan: Plan, base: BaseModel, request: PlanRequest) -> None:
     """Raise PlanError unless `plan` is what computing `request` would give."""
     plan.check_fits(base)
-    record = plan.calibration
+    record, searched = plan.calibration, plan.searched
     answered = {
         "model": plan.model.fingerprint,
         "dtype": plan.dtype,
@@ -569,10 +674,12 @@ def _check_answers(plan: Plan, base: BaseModel, request: PlanRequest) -> None:
         "length": record and record.length,
         "seed": record and record.seed,
         "strategy": plan.strategy,
+        "target": plan.target,
         "candidates": plan.candidates,
         "substitutes": plan.substitutes and plan.substitutes.kind,
         "protected": plan.protected,
+        "searched": searched and (searched.depth, searched.evaluations, searched.seed),
     }
-    asked = _question(base, request)
+    asked = {"target": request.target, **_question(base, request)}
     if wrong := [name for name in asked if answered[name] != asked[name]]:
         raise PlanError(f"plan {plan.id} was made with another {', '.join(wrong)}")

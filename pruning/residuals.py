@@ -1,10 +1,11 @@
 """Residuals: the residual stream entering every layer, kept over fixed tokens while layers drop.
 
 Dropping one more sublayer changes nothing before it, so only the layers after it are computed
-again::
+again; so it is when sublayers change places, from the first one that changes on::
 
     entering   [ 0 | 1 | 2 | 3 | 4 | end ]      2 dropped already
     drop 3       kept . . .  | 4 | end          computed again
+    1 for 3      kept  | 2 | 3 | 4 | end        computed again
 
 What is held: `layers + 1` tensors [samples, length, width] in the model's dtype. For the embedded
 model and 24 x 128 tokens in float32 that is 220 MB. This file knows how a wrapped model's layers
@@ -29,7 +30,7 @@ _BATCH = 8
 
 
 class Residuals:
-    """A base model over fixed sequences, with a growing set of dropped attention sublayers."""
+    """A base model over fixed sequences, with a set of dropped sublayers that changes."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Residuals:
         self._embeddings: list[Any] = [None] * base.layers
         self._entering: list[list[Tensor]] = []
         self._dropped: dict[int, Substitute | None] = {}
+        self._mlps: frozenset[int] = frozenset()
         self._predicted_from = predicted_from
         self._start(base, token_ids, progress)
 
@@ -63,25 +65,54 @@ class Residuals:
         [samples * (length - predicted_from), width]."""
         return torch.cat([self._headed(part) for part in self._entering[-1]])
 
-    @torch.inference_mode()
     def last_without(self, layer: int, substitute: Substitute | None = None) -> Tensor:
         """Return what `last` would be if `layer` were dropped too; nothing is kept."""
-        dropped = {**self._dropped, layer: substitute}
+        return self.last_of({**self._dropped, layer: substitute})
+
+    @torch.inference_mode()
+    def last_of(self, dropped: Mapping[int, Substitute | None]) -> Tensor:
+        """Return what `last` would be if exactly these layers' attention were dropped, beside the
+        MLPs that are; nothing is kept."""
+        first = self._first_changed(dropped, self._mlps)
         found = []
-        for hidden in self._entering[layer]:
-            for index in range(layer, len(self._layers)):
-                hidden = self._leaving(index, hidden, dropped)
+        for hidden in self._entering[first]:
+            for index in range(first, len(self._layers)):
+                hidden = self._leaving(index, hidden, dropped, self._mlps)
             found.append(self._headed(hidden))
         return torch.cat(found)
 
-    @torch.inference_mode()
-    def drop(self, layers: Mapping[int, Substitute | None]) -> None:
-        """Drop more layers, or put their substitutes in their places, and keep what follows."""
+    def drop(
+        self, layers: Mapping[int, Substitute | None], mlps: frozenset[int] = frozenset()
+    ) -> None:
+        """Drop more layers' attention, or put their substitutes in their places, and more layers'
+        MLPs, and keep what follows."""
         assert layers.keys().isdisjoint(self._dropped), "a layer is dropped already"
-        self._dropped |= layers
-        for index in range(min(layers, default=len(self._layers)), len(self._layers)):
+        self.become({**self._dropped, **layers}, self._mlps | mlps)
+
+    @torch.inference_mode()
+    def become(
+        self, dropped: Mapping[int, Substitute | None], mlps: frozenset[int] = frozenset()
+    ) -> None:
+        """Drop exactly these layers' attention and these MLPs; others come back."""
+        first = self._first_changed(dropped, mlps)
+        self._dropped, self._mlps = dict(dropped), mlps
+        for index in range(first, len(self._layers)):
             for part, hidden in enumerate(self._entering[index]):
-                self._entering[index + 1][part] = self._leaving(index, hidden, self._dropped)
+                self._entering[index + 1][part] = self._leaving(index, hidden, self._dropped, mlps)
+
+    def _first_changed(self, dropped: Mapping[int, Substitute | None], mlps: frozenset[int]) -> int:
+        """Return the first layer that does not do what it does now; the number of layers if all
+        do."""
+        return next(
+            (
+                index
+                for index in range(len(self._layers))
+                if (index in dropped) != (index in self._dropped)
+                or dropped.get(index) is not self._dropped.get(index)
+                or (index in mlps) != (index in self._mlps)
+            ),
+            len(self._layers),
+        )
 
     @torch.inference_mode()
     def sublayer_pairs(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,10 +147,18 @@ class Residuals:
             end.remove()
 
     def _leaving(
-        self, index: int, hidden: Tensor, dropped: Mapping[int, Substitute | None]
+        self,
+        index: int,
+        hidden: Tensor,
+        dropped: Mapping[int, Substitute | None],
+        mlps: frozenset[int],
     ) -> Tensor:
         """Return what leaves a layer, [samples, length, width]."""
         layer = self._layers[index]
+        if index in mlps and index in dropped:
+            return layer.attention.replaced(hidden, dropped[index])
+        if index in mlps:
+            return layer.without_mlp(hidden, self._embeddings[index])
         if index in dropped:
             return layer.without_attention(hidden, dropped[index])
         return layer(hidden, position_embeddings=self._embeddings[index])  # type: ignore[no-any-return]

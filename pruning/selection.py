@@ -1,17 +1,16 @@
 """Calibration tokens -> ranking: the order in which layers would be dropped.
 
-One function for each strategy.
-
 `cosine` is the paper's one-shot rule. `greedy` measures again after every drop: it takes the layer
-whose removal, given what is dropped already, raises KL(full || pruned) least. Knows nothing of
-plans or files; a `Journal` keeps what a long search has found.
+whose removal, given what is dropped already, raises KL(full || pruned) least. What goes on from
+there is in search.py; strategies.py lists them all. Knows nothing of plans or files; a `Journal`
+keeps what a long search has found.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from pruning.importance import measure_importance
 from pruning.loading import BaseModel
 from pruning.residuals import Residuals
 from pruning.substitutes import LinearSubstitute, SubstituteKind, Substitutes, fit_linear
+from pruning.targets import ATTENTION, JOINED, JOINT
 from pruning.trial import Replaced, Trial
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class DropStep:
     """The strategy's own measure, lower is better; None where nothing was measured."""
     quality: Quality | None = None
     """On held-out tokens, with this layer and all before it dropped; None where not measured."""
+    sublayer: str | None = None
+    """Which of the layer's sublayers, in a joint ranking; None where the target says it."""
 
 
 Ranking = tuple[DropStep, ...]
@@ -57,6 +59,8 @@ class Task:
     """What a strategy is given."""
 
     base: BaseModel
+    target: str = ATTENTION
+    """What a step drops; strategies that try layers know only `attention`."""
     choosing: Tensor
     """[samples, length] token ids to choose by."""
     held_out: Tensor
@@ -65,12 +69,45 @@ class Task:
     candidates: int = DEFAULT_CANDIDATES
     """How many layers a step tries, where the strategy tries layers."""
     substitutes: SubstituteKind | None = None
+    depth: int = 0
+    """How many layers are dropped in the set to search for, where the strategy is for one depth."""
+    evaluations: int = 0
+    """How many sets it may try."""
+    seed: int = 0
+    """Of the order in which it tries them."""
+    start: Ranking = ()
+    """The ranking it starts from; none: it has to find one."""
 
     @property
     def tried(self) -> Tensor:
         """Those of `choosing` that candidates are tried on."""
         tokens = TRIED_TOKENS.get(self.base.device.type, TRIED_TOKENS["cpu"])
         return self.choosing[: max(1, tokens // self.choosing.shape[1])]
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """How a set for one depth was searched for, and what that gave over greedy's."""
+
+    depth: int
+    evaluations: int
+    """How many sets it might try."""
+    seed: int
+    tried: int
+    """How many it tried."""
+    greedy: Quality
+    """Of greedy's set, on held-out tokens."""
+    found: Quality | None
+    """Of the set that the ranking begins with; None where no better one was found, so that it is
+    greedy's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TriedSet:
+    """Dropped layers, and KL(full || pruned) on the tokens that sets are tried on."""
+
+    dropped: tuple[int, ...]
+    kl: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,16 +118,23 @@ class Selection:
     substitutes: Substitutes | None = None
     held_out: Baseline | None = None
     """The full model on the held-out tokens; None where the strategy did not look at them."""
+    searched: Searched | None = None
 
 
 class Journal(Protocol):
-    """Keeps the steps of a search that is not finished."""
+    """Keeps what a search that is not finished has found: steps of a ranking, sets of layers."""
 
     def load(self) -> Ranking:
         """Return the steps found before, none if there are none."""
         ...
 
     def save(self, steps: Ranking) -> None: ...
+
+    def load_tried(self) -> tuple[TriedSet, ...]:
+        """Return the sets tried before, none if there are none."""
+        ...
+
+    def save_tried(self, tried: tuple[TriedSet, ...]) -> None: ...
 
 
 class NoJournal:
@@ -100,6 +144,12 @@ class NoJournal:
         return ()
 
     def save(self, steps: Ranking) -> None:
+        pass
+
+    def load_tried(self) -> tuple[TriedSet, ...]:
+        return ()
+
+    def save_tried(self, tried: tuple[TriedSet, ...]) -> None:
         pass
 
 
@@ -115,8 +165,15 @@ def rank_by_importance(importance: Sequence[float], protected: frozenset[int]) -
 
 def cosine(task: Task, journal: Journal, progress: Progress) -> Selection:
     """The paper's one-shot rule: measure every layer once, drop the least important first."""
-    importance = measure_importance(task.base, task.choosing, progress=progress)
-    return Selection(rank_by_importance(importance, task.protected))
+
+    def ranked(target: str) -> Ranking:
+        scores = measure_importance(task.base, task.choosing, target, progress=progress)
+        return rank_by_importance(scores, task.protected)
+
+    if task.target != JOINT:
+        return Selection(ranked(task.target))
+    steps = [replace(step, sublayer=each) for each in JOINED for step in ranked(each)]
+    return Selection(tuple(sorted(steps, key=lambda step: (step.cost or 0.0, step.layer))))
 
 
 def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
@@ -127,7 +184,7 @@ def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
     """
     importance = measure_importance(task.base, task.choosing, progress=progress)
     order = [step.layer for step in rank_by_importance(importance, task.protected)]
-    search = _Search(task, progress)
+    search = GreedySearch(task, progress)
     search.resume(journal.load())
     while left := [layer for layer in order if layer not in search.dropped]:
         search.step(left[: task.candidates])
@@ -136,8 +193,8 @@ def greedy(task: Task, journal: Journal, progress: Progress) -> Selection:
     return search.selection()
 
 
-class _Search:
-    """The state of a greedy search."""
+class GreedySearch:
+    """Drops one layer after the other, each the best of the candidates it is given."""
 
     def __init__(self, task: Task, progress: Progress) -> None:
         self._task = task
@@ -190,5 +247,3 @@ class _Search:
 
 DEFAULT_STRATEGY = "cosine"
 GREEDY = "greedy"
-
-STRATEGIES: Mapping[str, Strategy] = {"cosine": cosine, GREEDY: greedy}

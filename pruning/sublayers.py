@@ -10,14 +10,16 @@ shared by all variants. What attends is then said per forward call, as data::
     layer 2   rows  [ full full full ]                   the first 3 attend, the rest pass through
     layer 3                                              nobody attends: no kernel is launched
 
+MLPs are dropped in the same way, where some variant drops any, by `mlp_rows`.
+
 This file and projections.py are the only ones that replace parts of a transformers model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from transformers import PreTrainedModel
 
 from pruning.attention import Attend, CausalAttention, use_attend
 from pruning.families import Family, family_of
+from pruning.targets import Sublayers
 
 
 class Substitute(Protocol):
@@ -113,7 +116,7 @@ class AttentionSublayer(nn.Module):
 
 
 class MlpSublayer(nn.Module):
-    """`h + multiplier * post_norm(mlp(norm(h)))` for every row."""
+    """`h + multiplier * post_norm(mlp(norm(h)))` for every row, or for a prefix of the rows."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
         super().__init__()
@@ -124,6 +127,13 @@ class MlpSublayer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return _add(hidden, self.post_norm(self.mlp(self.norm(hidden))), self.multiplier)
+
+    def of_prefix(self, hidden: Tensor, rows: int) -> Tensor:
+        """Apply the sublayer to the first `rows` rows of [batch, all rows, width]; the others pass
+        through."""
+        if rows == 0:
+            return hidden
+        return torch.cat([self(hidden[:, :rows]), hidden[:, rows:]], dim=1)
 
 
 class WrappedLayer(nn.Module):
@@ -141,20 +151,39 @@ class WrappedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attend: Attend | None = None,
         attending_rows: Sequence[int] | None = None,
+        mlp_rows: Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         if attention_mask is not None:
             raise ValueError("a wrapped model takes no attention_mask; pass `attend` instead")
-        index = self.attention.index
-        rows = hidden_states.shape[1] if attending_rows is None else attending_rows[index]
-        return self._compute(
-            hidden_states, rows, index, position_embeddings, attend or CausalAttention()
+        index, rows = self.attention.index, hidden_states.shape[1]
+        attending = rows if attending_rows is None else attending_rows[index]
+        attend = attend or CausalAttention()
+        if mlp_rows is None or mlp_rows[index] == rows:
+            return self._compute(hidden_states, attending, index, position_embeddings, attend)
+        hidden = self.attention(
+            hidden_states,
+            attending,
+            position_embeddings=position_embeddings,
+            attend=attend,
+            layer=index,
         )
+        return self.mlp.of_prefix(hidden, mlp_rows[index])
 
     def without_attention(self, hidden: Tensor, substitute: Substitute | None) -> Tensor:
         """Return what leaves the layer when no row attends, [batch, rows, width]."""
         return self.mlp(self.attention.replaced(hidden, substitute))  # type: ignore[no-any-return]
+
+    def without_mlp(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Return what leaves the layer when all rows attend, causally, and no more happens."""
+        return self.attention(  # type: ignore[no-any-return]
+            hidden,
+            hidden.shape[1],
+            position_embeddings=position_embeddings,
+            attend=CausalAttention(),
+            layer=self.attention.index,
+        )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what the layer computes as one function, which layers of one form share.
@@ -226,9 +255,25 @@ def watching_layers(model: PreTrainedModel, note: LayerNote) -> Iterator[None]:
             handle.remove()
 
 
-def rows_attending(layers: int, rows: int, dropped: frozenset[int] | set[int]) -> list[int]:
-    """Return `attending_rows` for a batch in which every row drops the same layers."""
+class KeptRows(TypedDict):
+    """What is said to a wrapped model in a forward call: rows per layer."""
+
+    attending_rows: Sequence[int]
+    mlp_rows: Sequence[int] | None
+    """None: all rows everywhere."""
+
+
+def rows_attending(layers: int, rows: int, dropped: Collection[int]) -> list[int]:
+    """Return `attending_rows` for a batch in which every row drops the same layers' attention."""
     return [0 if layer in dropped else rows for layer in range(layers)]
+
+
+def rows_kept(layers: int, rows: int, dropped: Sublayers) -> KeptRows:
+    """Return what to say for a batch in which every row drops the same sublayers."""
+    return {
+        "attending_rows": rows_attending(layers, rows, dropped.attention),
+        "mlp_rows": rows_attending(layers, rows, dropped.mlps) if dropped.mlps else None,
+    }
 
 
 def _part(layer: nn.Module, name: str | None) -> nn.Module:

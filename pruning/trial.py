@@ -5,7 +5,7 @@ Knows residual streams and divergences; knows nothing of how layers are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -44,9 +44,19 @@ class Trial:
             for layer, divergence in zip(layers, self._full.compare(lasts), strict=True)
         }
 
-    def drop(self, layers: Replaced) -> None:
-        """Drop more layers for good."""
-        self._residuals.drop(layers)
+    def drop(self, layers: Replaced, mlps: frozenset[int] = frozenset()) -> None:
+        """Drop more layers' attention and more layers' MLPs for good."""
+        self._residuals.drop(layers, mlps)
+
+    def of_each(self, sets: Sequence[Collection[int]]) -> list[Quality]:
+        """Return the quality if exactly these layers were dropped, for each set; nothing stands in
+        their places."""
+        lasts = [self._residuals.last_of(dict.fromkeys(dropped)) for dropped in sets]
+        return [divergence.quality for divergence in self._full.compare(lasts)]
+
+    def become(self, dropped: Collection[int]) -> None:
+        """Drop exactly these layers, with nothing in their places; what is near is cheapest."""
+        self._residuals.become(dict.fromkeys(dropped))
 
     def snapshot(self) -> Tensor:
         """Return what the pruned model's head sees now, [tokens, width], to be compared later."""

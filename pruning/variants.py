@@ -1,5 +1,15 @@
 """Variants: which layers keep attention under which name, and the layer groups they share.
 
+A variant may drop MLPs too. In a batch ordered by how much each variant keeps, the rows that a
+sublayer is computed for must be a prefix. That holds for variants whose kept sublayers nest. Others
+run in a pass of their own: variants
+are put into chains, in each of which all sets nest, and a batch is of one chain::
+
+    chain 0   full    0 1 2 3 4 5 6 7
+              light   0 1 2 3   5 6 7
+              pruned  0 1   3   5   7
+    chain 1   other   0   2 3 4   6 7     does not nest in light
+
 Pure data. Knows nothing of tensors, plans or requests.
 """
 
@@ -26,10 +36,20 @@ class VariantError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A name and the layers that keep their attention sublayer."""
+    """A name, the layers that keep their attention sublayer, and those that lose their MLP."""
 
     name: str
     kept: frozenset[int]
+    dropped_mlps: frozenset[int] = frozenset()
+
+    @property
+    def sublayers_lost(self) -> int:
+        """What it drops beyond others, where it drops all that they drop: up to a constant."""
+        return len(self.dropped_mlps) - len(self.kept)
+
+    def nests_in(self, other: Variant) -> bool:
+        """Whether it drops all that the other drops."""
+        return self.kept <= other.kept and self.dropped_mlps >= other.dropped_mlps
 
     def dropped(self, layers: int) -> tuple[int, ...]:
         """Return the dropped layers of a model with `layers` layers, in order."""
@@ -47,26 +67,28 @@ class LayerGroup:
 class Variants:
     """The variants one server offers, those that keep more attention first.
 
-    Their sets of kept layers must nest, so that in a batch ordered like them the rows attending
-    in any layer are a prefix.
+    Each is in the first chain whose sets all nest with its own; `full` is in the first.
 
     Raises:
-        VariantError: a name is malformed or taken twice, there is no `full` variant, a variant
-            drops layer 0, or two sets do not nest.
+        VariantError: a name is malformed or taken twice, there is no `full` variant, or a variant
+            drops layer 0.
     """
 
     def __init__(self, layers: int, variants: Sequence[Variant]) -> None:
         self.layers = layers
         self._ordered = tuple(
-            sorted(variants, key=lambda v: (-len(v.kept), v.name != FULL, v.name))
+            sorted(variants, key=lambda v: (v.sublayers_lost, v.name != FULL, v.name))
         )
         self._by_name = {variant.name: variant for variant in self._ordered}
         self._check(variants)
+        self.chains = self._nesting()
+        """Names of variants that can be in one batch, those that keep more attention first."""
+        self.chain_of = {name: i for i, chain in enumerate(self.chains) for name in chain}
+        self.drop_mlps = any(variant.dropped_mlps for variant in self._ordered)
         self.groups = self._layer_groups()
         self.group_of_layer = {
             layer: index for index, group in enumerate(self.groups) for layer in group.layers
         }
-        self._order = {variant.name: index for index, variant in enumerate(self._ordered)}
 
     def __iter__(self) -> Iterator[Variant]:
         return iter(self._ordered)
@@ -80,10 +102,6 @@ class Variants:
     def __getitem__(self, name: str) -> Variant:
         return self._by_name[name]
 
-    def order(self, name: str) -> int:
-        """Return the variant's place in a batch: 0 keeps the most attention."""
-        return self._order[name]
-
     def groups_of(self, name: str) -> tuple[int, ...]:
         """Return the indices in `groups` of the layer groups that the variant attends."""
         return tuple(i for i, group in enumerate(self.groups) if name in group.variants)
@@ -91,7 +109,8 @@ class Variants:
     def _check(self, variants: Sequence[Variant]) -> None:
         if len(self._by_name) != len(variants):
             raise VariantError("two variants have the same name")
-        if FULL not in self._by_name or len(self._by_name[FULL].kept) != self.layers:
+        full = self._by_name.get(FULL)
+        if full is None or len(full.kept) != self.layers or full.dropped_mlps:
             raise VariantError(f"there must be a variant {FULL!r} that keeps every layer")
         for variant in self._ordered:
             if not is_name(variant.name):
@@ -104,12 +123,22 @@ class Variants:
                     f"variant {variant.name!r} must keep layer 0 and only layers below "
                     f"{self.layers}, but keeps {sorted(variant.kept)}"
                 )
-        for more, less in zip(self._ordered, self._ordered[1:], strict=False):
-            if not less.kept <= more.kept:
+            if not variant.dropped_mlps <= set(range(1, self.layers)):
                 raise VariantError(
-                    f"variants {more.name!r} and {less.name!r} do not nest: layers "
-                    f"{sorted(less.kept - more.kept)} are kept only by the second"
+                    f"variant {variant.name!r} can drop the MLPs of layers 1 to {self.layers - 1}, "
+                    f"not {sorted(variant.dropped_mlps)}"
                 )
+
+    def _nesting(self) -> tuple[tuple[str, ...], ...]:
+        chains: list[list[Variant]] = []
+        for variant in self._ordered:
+            for chain in chains:
+                if variant.nests_in(chain[-1]):
+                    chain.append(variant)
+                    break
+            else:
+                chains.append([variant])
+        return tuple(tuple(variant.name for variant in chain) for chain in chains)
 
     def _layer_groups(self) -> tuple[LayerGroup, ...]:
         by_signature: dict[frozenset[str], list[int]] = {}

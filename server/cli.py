@@ -217,12 +217,17 @@ def _greet(url: str, started: Started) -> None:
         default = " (default)" if info.name == service.default_variant else ""
         table.add_row(
             info.name + default,
-            f"{dropped}  ({len(info.dropped_layers)} of {plan.model.layers})",
+            f"{dropped}  ({len(info.dropped_layers)} of {plan.model.layers})"
+            + (f"; MLPs of {', '.join(map(str, info.dropped_mlps))}" if info.dropped_mlps else ""),
             f"{info.kv_bytes_per_token:,}",
             f"{info.capacity_tokens:,} tokens",
         )
     console.print(f"\nattndrop {__version__} serves {service.model_name} at {url}")
-    console.print(f"plan {plan.id} ({plan.strategy}, {started.plan_origin})\n")
+    console.print(f"plan {plan.id} ({plan.strategy}, {started.plan_origin})")
+    for name, other in service.plan_ids.items():
+        if other != plan.id:
+            console.print(f"  {name}: plan {other}")
+    console.print()
     console.print(table)
     console.print(f"\npruned, {evidence_of(plan) or 'its quality was not measured'}")
     if plan.strategy == DEFAULT_STRATEGY:

@@ -7,13 +7,14 @@ where both are given, the option wins. Lists are separated by commas in the envi
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pruning.loading import EMBEDDED_MODEL, cache_folder
+from pruning.plan import is_drop
 from pruning.variants import FULL
 from server.engine.assembly import AttentionChoice, EngineConfig, default_limits
 from server.engine.scheduler import Limits
@@ -79,6 +80,25 @@ LogLevel = Annotated[
 LOCAL, BODY_SIZE, DRAIN_SECONDS = "127.0.0.1", 4 << 20, 30
 
 
+class VariantSetting(NamedTuple):
+    """What --variant asks for."""
+
+    name: str
+    plan: str | None
+    """A plan file; None: the plan that is served."""
+    drop: str | None
+    """None: the plan file's own."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what NAME=DROP, NAME=FILE or NAME=FILE:DROP asks for."""
+        name, _, what = text.partition("=")
+        file, _, drop = what.rpartition(":")
+        if not is_drop(drop):
+            return cls(name.lower(), what, None)
+        return cls(name.lower(), file or None, drop)
+
+
 class Settings(BaseSettings):
     """What can be set."""
 
@@ -123,7 +143,9 @@ class Settings(BaseSettings):
         None, description="Budget: perplexity over the full model's."
     )
     variant: Texts = Field(
-        (), description="NAME=DROP: one more variant of the same plan, such as light=4. Repeatable."
+        (),
+        description="NAME=DROP: one more variant of the same plan, such as light=4; NAME=FILE or "
+        "NAME=FILE:DROP: one of another plan of this model. Repeatable.",
     )
     default_variant: str = Field(PRUNED, description="The variant of requests that name none.")
     calibration: Texts = Field(
@@ -177,8 +199,10 @@ class Settings(BaseSettings):
         for variant in variants:
             name, equals, drop = variant.partition("=")
             if not (name and equals and drop):
-                raise ValueError(f"--variant {variant!r} must be NAME=DROP, such as light=4")
-            if name in (FULL, PRUNED):
+                raise ValueError(
+                    f"--variant {variant!r} must be NAME=DROP, such as light=4, or NAME=FILE"
+                )
+            if name.lower() in (FULL, PRUNED):
                 raise ValueError(f"--variant cannot redefine {name!r}; use --drop for {PRUNED!r}")
         return variants
 

@@ -1,4 +1,4 @@
-"""Evidence: what the plan says a variant is worth, and what its substitutes take.
+"""Evidence: what its plan says a variant is worth, and what its substitutes take.
 
 Plain numbers for the endpoints and the metrics, fixed for the life of the server.
 """
@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pruning.plan import Plan
-from pruning.substitutes import Substitutes
-from pruning.variants import Variants
+from server.planned import Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +37,14 @@ class Evidence:
 
 
 def evidence_of_variants(
-    plan: Plan, variants: Variants, substitutes: Substitutes | None
+    planned: Mapping[str, Planned],
 ) -> Mapping[str, Evidence]:
-    """Return the evidence of each variant of a plan, by name."""
-    found = {}
-    for variant in variants:
-        dropped = variant.dropped(variants.layers)
-        size = (0, 0) if substitutes is None else substitutes.size(dropped)
-        found[variant.name] = Evidence(_quality(plan, len(dropped)), *size)
-    return found
+    """Return the evidence of each variant, by name."""
+    return {name: Evidence(_quality(each.plan), *each.size) for name, each in planned.items()}
 
 
-def _quality(plan: Plan, depth: int) -> MeasuredQuality | None:
-    quality = plan.quality(depth)
+def _quality(plan: Plan) -> MeasuredQuality | None:
+    quality = plan.quality()
     if quality is None or plan.held_out is None:
         return None
     return MeasuredQuality(

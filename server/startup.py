@@ -25,12 +25,13 @@ from server import __version__
 from server.api import chat, completions, models, operations, tokenizer
 from server.api.service import Service
 from server.app import create_app
-from server.config import PRUNED, Settings
+from server.config import PRUNED, Settings, VariantSetting
 from server.engine.assembly import build_engine
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
-from server.evidence import Evidence, evidence_of_variants
+from server.evidence import evidence_of_variants
 from server.metrics import Metrics
+from server.planned import Planned, attach_substitutes
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,12 @@ def start(
     if settings.served_model_name:
         base = replace(base, name=settings.served_model_name)
     plan, substitutes, origin = find_plan(settings, base, progress)
-    variants = make_variants(settings, plan)
+    planned = plan_variants(settings, base, plan, substitutes)
+    variants = make_variants(settings, planned)
     _quantise(settings, base)
-    if substitutes is not None:
-        _attach(substitutes, base, variants)
+    attach_substitutes(base, planned)
     engine = build_engine(base, variants, settings.engine(base.device), on_death)
-    evidence = evidence_of_variants(plan, variants, substitutes)
-    service = make_service(settings, base, plan, engine, evidence)
+    service = make_service(settings, base, planned, engine)
     app = create_app(
         service,
         [part.router for part in (completions, chat, models, tokenizer, operations)],
@@ -97,13 +97,6 @@ def _quantise(settings: Settings, base: BaseModel) -> None:
     ):
         quantise(base.model)
         logger.info("weights: int4 in groups of 32; activations and KV cache: bfloat16")
-
-
-def _attach(substitutes: Substitutes, base: BaseModel, variants: Variants) -> None:
-    """Put the substitutes of all dropped layers into their places."""
-    dropped = {layer for variant in variants for layer in variant.dropped(variants.layers)}
-    substitutes.attach(base, dropped)
-    logger.info("%s", substitutes.described(dropped))
 
 
 def find_plan(
@@ -141,22 +134,49 @@ def _chosen(plan: Plan, choice: str | Budget) -> Plan:
 
 
 def _wanted(settings: Settings, choice: str | Budget) -> Wanted:
-    """Return the depths of all variants, so that what each costs is known."""
-    drops = tuple(definition.partition("=")[2] for definition in settings.variant)
-    return Wanted.by(choice).along(drops)
+    """Return the depths of all variants of the plan, so that what each costs is known."""
+    asked = [VariantSetting.parse(text) for text in settings.variant]
+    return Wanted.by(choice).along(tuple(each.drop or "" for each in asked if each.plan is None))
 
 
-def make_variants(settings: Settings, plan: Plan) -> Variants:
-    """Return `full`, `pruned` and whatever --variant adds, all from one plan."""
-    layers = plan.model.layers
+def plan_variants(
+    settings: Settings, base: BaseModel, plan: Plan, substitutes: Substitutes | None
+) -> dict[str, Planned]:
+    """Return what `full`, `pruned` and whatever --variant adds drop, by name.
+
+    Raises:
+        PlanError, SubstituteError: another plan is not usable or not of this model.
+        SettingsError: a name is given twice.
+    """
+    found = {FULL: Planned(plan.with_drop(0), None), PRUNED: Planned(plan, substitutes)}
+    for setting in map(VariantSetting.parse, settings.variant):
+        if setting.name in found:
+            raise SettingsError(f"--variant names {setting.name!r} twice")
+        found[setting.name] = _planned(setting, base, found[PRUNED])
+    return found
+
+
+def _planned(setting: VariantSetting, base: BaseModel, served: Planned) -> Planned:
+    plan, substitutes = served.plan, served.substitutes
+    if setting.plan is not None:
+        plan, substitutes = read_with_substitutes(Path(setting.plan))
+        plan.check_fits(base)
+    return Planned(plan if setting.drop is None else plan.dropping(setting.drop), substitutes)
+
+
+def make_variants(settings: Settings, planned: Mapping[str, Planned]) -> Variants:
+    """Return the variants to serve; say it if some cannot be in one batch."""
     found = [
-        Variant(FULL, frozenset(range(layers))),
-        Variant(PRUNED, plan.kept_layers()),
+        Variant(name, each.plan.kept_layers(), each.plan.dropped().mlps)
+        for name, each in planned.items()
     ]
-    for definition in settings.variant:
-        name, _, drop = definition.partition("=")
-        found.append(Variant(name.lower(), plan.dropping(drop).kept_layers()))
-    variants = Variants(layers, found)
+    variants = Variants(len(planned[FULL].plan.kept_layers()), found)
+    for chain in variants.chains[1:]:
+        logger.info(
+            "what %s drops does not nest with the other variants: requests run in passes of their "
+            "own, which take turns",
+            " and ".join(chain),
+        )
     if settings.default_variant.lower() not in variants:
         names = ", ".join(variant.name for variant in variants)
         raise SettingsError(
@@ -168,11 +188,11 @@ def make_variants(settings: Settings, plan: Plan) -> Variants:
 def make_service(
     settings: Settings,
     base: BaseModel,
-    plan: Plan,
+    planned: Mapping[str, Planned],
     engine: Engine,
-    evidence: Mapping[str, Evidence],
 ) -> Service:
     """Return what the endpoints share."""
+    plan, evidence = planned[PRUNED].plan, evidence_of_variants(planned)
     return Service(
         engine=engine,
         metrics=Metrics(
@@ -185,6 +205,7 @@ def make_service(
         model_name=base.name,
         model_fingerprint=base.fingerprint,
         plan_id=plan.id,
+        plan_ids={name: each.plan.id for name, each in planned.items()},
         evidence=evidence,
         version=__version__,
         default_variant=settings.default_variant.lower(),

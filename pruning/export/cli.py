@@ -52,10 +52,11 @@ def export_command(
                 progress=progress,
                 trust_remote_code=trust_remote_code,
             )
-    dropped = len(chosen.dropped_layers())
+    dropped = chosen.dropped()
+    mlps = f" and MLPs of {len(dropped.mlps)}" if dropped.mlps else ""
     typer.echo(
-        f"exported {served_name(model)} as {format_name} to {out}: attention of {dropped} of "
-        f"{chosen.model.layers} layers dropped, plan {chosen.id}",
+        f"exported {served_name(model)} as {format_name} to {out}: attention of "
+        f"{len(dropped.attention)}{mlps} of {chosen.model.layers} layers dropped, plan {chosen.id}",
         err=True,
     )
 

@@ -14,6 +14,7 @@ from pruning.export.pruned import Options, Pruned
 from pruning.loading import checkpoint_folder, served_name
 from pruning.loading import gguf_file as gguf_source
 from pruning.plan import Plan
+from pruning.targets import ATTENTION
 
 Exporter = Callable[[Pruned, Path, Options, Progress], None]
 
@@ -34,7 +35,7 @@ def export(
     progress: Progress = silent,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the model, without the attention that the plan drops, in a format.
+    """Write the model, without what the plan drops, in a format.
 
     Args:
         model: as for `loading.load_base_model`; its weights are read, never loaded.
@@ -52,6 +53,11 @@ def export(
         raise ExportError(
             f"plan {plan.id} puts substitutes in the places of dropped sublayers, which no format "
             "can carry; export a plan that was made without --substitutes"
+        )
+    if plan.dropped().mlps and format_name != llm_drop_folder.NAME:
+        raise ExportError(
+            f"plan {plan.id} drops MLPs, which of these formats only {llm_drop_folder.NAME} can "
+            f"express; export a plan made with --target {ATTENTION}"
         )
     check_free(out)
     checkpoint = read_checkpoint(checkpoint_folder(model), trust_remote_code=trust_remote_code)

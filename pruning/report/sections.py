@@ -10,6 +10,7 @@ from pruning.evidence import Figures, average_choices
 from pruning.report.markup import Child, Markup, element, joined
 from pruning.report.plot import Axes, Cell, Point, Series, grid, legend, line_plot
 from pruning.report.subject import Speed, Subject
+from pruning.targets import ATTENTION
 
 DROPPED = "attention sublayers dropped"
 _DOMAINS = {"text": "text", "conversation": "conversation"}
@@ -30,7 +31,11 @@ def panel(title: str, plot: Markup, note: str = "") -> Markup:
 
 def importance(subjects: Sequence[Subject]) -> Markup | None:
     """Show in which order each plan drops layers, and what a layer is worth where it was scored."""
-    planned = [(each, each.plan) for each in subjects if each.plan is not None]
+    planned = [
+        (each, each.plan)
+        for each in subjects
+        if each.plan is not None and each.plan.target == ATTENTION
+    ]
     if not planned:
         return None
     layers = planned[0][1].model.layers

@@ -42,7 +42,9 @@ class Subject:
 
     def kv_bytes(self, dropped: int) -> int:
         """Return the bytes of keys and values of a token when so many layers are dropped."""
-        return (self.found.layers - dropped) * self.found.kv_bytes
+        attention = self.found.attention_dropped
+        without = dropped if attention is None else attention[dropped]
+        return (self.found.layers - without) * self.found.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)

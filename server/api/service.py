@@ -31,6 +31,8 @@ class Service(Front):
     end_tokens: frozenset[int]
     """Tokens with which the model ends its text."""
     model_fingerprint: str
+    plan_ids: Mapping[str, str]
+    """The plan of each variant, by name; `plan_id` is the one of most."""
     evidence: Mapping[str, Evidence]
     """Of each variant, by name."""
 
@@ -55,8 +57,10 @@ class Service(Front):
         return {
             "max_model_len": self.engine.limit(variant),
             "variant": {
+                "plan": self.plan_ids[variant],
                 "attention_layers": info.attention_layers,
                 "dropped_layers": list(info.dropped_layers),
+                "dropped_mlps": list(info.dropped_mlps),
                 "kv_bytes_per_token": info.kv_bytes_per_token,
                 "quality": None if evidence.quality is None else asdict(evidence.quality),
                 "substitutes": {
@@ -68,7 +72,7 @@ class Service(Front):
 
     def system_fingerprint(self, variant: str) -> str:
         """Return what identifies the weights, the plan, the variant and the software together."""
-        parts = (self.model_fingerprint, str(self.plan_id), variant, self.version)
+        parts = (self.model_fingerprint, self.plan_ids[variant], variant, self.version)
         return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
     async def tokenize(self, texts: Sequence[str], *, special: bool) -> list[tuple[int, ...]]:

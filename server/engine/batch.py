@@ -80,6 +80,8 @@ class Batch:
     """[sequences] tokens with keys and values after this step."""
     attending_rows: tuple[int, ...]
     """Per layer."""
+    mlp_rows: tuple[int, ...] | None
+    """Per layer, how many leading rows go through its MLP; None where no variant drops any."""
     groups: tuple[GroupRows, ...]
     logit_rows: Ints
     """Rows that need logits: first one for each of `sampled`, then one for each of `scored`."""
@@ -91,7 +93,7 @@ class Batch:
 
 
 def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayout) -> Batch:
-    """Lay out a step. `step` must not be empty."""
+    """Lay out a step of one chain. `step` must not be empty."""
     by_variant: dict[str, list[Scheduled]] = {variant.name: [] for variant in variants}
     for s in step:
         by_variant[s.request.variant].append(s)
@@ -118,6 +120,7 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         variant_sequences=variant_sequences,
         lengths=starts + counts,
         attending_rows=by_layer(variants, [group.rows for group in groups]),
+        mlp_rows=mlp_rows(variants, [sum(s.count for s in own) for own in by_variant.values()]),
         groups=groups,
         logit_rows=np.concatenate([last_rows[list(sampled)], np.array(score_rows, np.int64)]),
         sampled=sampled,
@@ -150,8 +153,8 @@ def _sources(sequences: Sequence[Scheduled], last_rows: Ints, rows: int) -> Ints
 
 
 def attending_by_group(variants: Variants, counts: Sequence[int]) -> list[int]:
-    """Return for each layer group how many attend, of so many sequences or rows of each variant:
-    the first ones, as variants nest."""
+    """Return for each layer group how many attend, of so many sequences or rows of each variant of
+    one chain: the first ones, as they nest."""
     return [
         sum(
             count
@@ -160,6 +163,21 @@ def attending_by_group(variants: Variants, counts: Sequence[int]) -> list[int]:
         )
         for group in variants.groups
     ]
+
+
+def mlp_rows(variants: Variants, rows: Sequence[int]) -> tuple[int, ...] | None:
+    """Return for each layer how many rows go through its MLP, of so many of each variant of one
+    chain; None where no variant drops any."""
+    if not variants.drop_mlps:
+        return None
+    return tuple(
+        sum(
+            count
+            for variant, count in zip(variants, rows, strict=True)
+            if layer not in variant.dropped_mlps
+        )
+        for layer in range(variants.layers)
+    )
 
 
 def by_layer(variants: Variants, of_groups: Sequence[int]) -> tuple[int, ...]:

@@ -151,6 +151,7 @@ class Engine:
                 dropped_layers=variant.dropped(layers),
                 kv_bytes_per_token=len(variant.kept) * layer_bytes,
                 capacity_tokens=self._scheduler.capacity(variant.name),
+                dropped_mlps=tuple(sorted(variant.dropped_mlps)),
             )
             for variant in self.variants
         )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pruning.attention import Attend
 from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend, Singles
-from server.engine.batch import Batch, attending_by_group, by_layer
+from server.engine.batch import Batch, attending_by_group, by_layer, mlp_rows
 from server.engine.runner import known_tokens
 from server.engine.sampling import most_likely
 from server.engine.transfer import aligned_starts, upload
@@ -90,7 +90,7 @@ class DecodeGraphs:
     def warm_up(self, most_rows: int) -> None:
         """Record steps of one variant alone and of each two, of up to `most_rows` rows each."""
         started = time.monotonic()
-        shapes = _usual_shapes(len(self._variants), min(most_rows, self._largest))
+        shapes = _usual_shapes(self._variants, min(most_rows, self._largest))
         # The largest first: smaller ones find room in the memory it took.
         for shape in sorted(shapes, key=sum, reverse=True):
             self._recorded[shape] = self._record(shape)
@@ -143,6 +143,7 @@ class DecodeGraphs:
                 position_ids=inputs.positions[None].long(),
                 attend=self._attend,
                 attending_rows=layout.attending_rows,
+                mlp_rows=layout.mlp_rows,
             )
             logits = output.logits[0]
             self.logits[: len(logits)].copy_(logits)
@@ -195,6 +196,7 @@ class InputLayout:
         self._first_rows = [0, *accumulate(shape)]
         self._group_rows = attending_by_group(variants, shape)
         self.attending_rows = list(by_layer(variants, self._group_rows))
+        self.mlp_rows = mlp_rows(variants, shape)
         self._sizes = [sum(shape)] * 4 + [rows for rows in self._group_rows for _ in range(2)]
         self._starts = aligned_starts(self._sizes)
 
@@ -261,13 +263,14 @@ class InputLayout:
         return inputs[start : start + self._sizes[place]]
 
 
-def _usual_shapes(variants: int, most_rows: int) -> Iterator[Shape]:
-    """Yield the shapes of one variant alone and of each two of them."""
-    for first in range(variants):
+def _usual_shapes(variants: Variants, most_rows: int) -> Iterator[Shape]:
+    """Yield the shapes of one variant alone and of each two that can be in one batch."""
+    chains = [variants.chain_of[variant.name] for variant in variants]
+    for first, chain in enumerate(chains):
         for size in SIZES:
             if size <= most_rows:
-                yield tuple(size if i == first else 0 for i in range(variants))
-        for second in range(first):
+                yield tuple(size if i == first else 0 for i in range(len(chains)))
+        for second in (i for i in range(first) if chains[i] == chain):
             for sizes in product([size for size in MIXED_SIZES if size <= most_rows], repeat=2):
                 rows = {first: sizes[0], second: sizes[1]}
-                yield tuple(rows.get(i, 0) for i in range(variants))
+                yield tuple(rows.get(i, 0) for i in range(len(chains)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -71,10 +71,18 @@ def page_layout(group_layers: Sequence[int], elements_per_layer_token: int) -> P
     layouts = (
         (base, tokens)
         for base in range(DEFAULT_PAGE_TOKENS, 2 * DEFAULT_PAGE_TOKENS)
-        for tokens in product(*(_choices(base, base * largest // n) for n in group_layers))
+        for tokens in _tokens_per_page(base, group_layers)
     )
     base, tokens = min(layouts, key=lambda layout: cost(*layout))
     return PageLayout(tokens, base * largest * elements_per_layer_token)
+
+
+def _tokens_per_page(base: int, group_layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield what each group may hold together; groups of one size hold the same."""
+    sizes, largest = sorted(set(group_layers)), max(group_layers)
+    for choice in product(*(_choices(base, base * largest // size) for size in sizes)):
+        by_size = dict(zip(sizes, choice, strict=True))
+        yield tuple(by_size[size] for size in group_layers)
 
 
 def _choices(base: int, most: int) -> Sequence[int]:

@@ -179,6 +179,7 @@ class ModelRunner:
             position_ids=upload(batch.positions, torch.long, device)[None],
             attend=self._attend,
             attending_rows=batch.attending_rows,
+            mlp_rows=batch.mlp_rows,
             logits_to_keep=upload(batch.logit_rows, torch.long, device),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]

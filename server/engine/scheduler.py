@@ -5,17 +5,26 @@ all of them within a token budget. Prompt chunks, decoding and recomputation aft
 are the same thing. Requests that need one token go first, so a long prompt never stops others
 from decoding.
 
-Two invariants hold between steps: every running request is older than every waiting one, and
-every page is free, private to one block table, or in one block of the prefix cache. Plain Python:
-no tensors, no clocks. What a step costs here grows with the running requests alone, by a fraction
-of a microsecond each; see benchmarks/scheduler.py.
+A step is of one chain of variants, since a batch needs variants that nest. Chains that have
+something to run take turns, each with all of a step's budget; a waiting request leaves what older
+ones of other chains need::
+
+    step     1          2        3          4
+    chain    0          1        0          1 has nothing: 0
+             full pruned  other  full pruned
+
+Two invariants hold between steps: in every chain, each running request is older than each waiting
+one, and every page is free, private to one block table, or in one block of the prefix cache. Plain
+Python: no tensors, no clocks. What a step costs here grows with the running requests alone, by a
+fraction of a microsecond each; see benchmarks/scheduler.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pruning.variants import Variants
 from server.engine.pages import PageLayout, PagePool
@@ -63,6 +72,10 @@ class Scheduler:
         self.limits = limits
         self._layout = layout
         self._pool = pool
+        self._chain_of = variants.chain_of
+        self._chains = len(variants.chains)
+        self._turn = 0
+        """The chain that is asked first for the next step."""
         self._groups = {variant.name: variants.groups_of(variant.name) for variant in variants}
         self._prefixes = PrefixCache(pool, layout, self._groups, shares=prefix_caching)
         self._running: dict[Request, None] = {}  # oldest first
@@ -124,12 +137,21 @@ class Scheduler:
 
     def schedule(self) -> tuple[Scheduled, ...]:
         """Choose the next step. Preempts the youngest requests where pages run out."""
+        self.preempted = []
+        for after in range(self._chains):
+            chain = (self._turn + after) % self._chains
+            if step := self._schedule_chain(chain):
+                self._turn = (chain + 1) % self._chains
+                return step
+        return ()
+
+    def _schedule_chain(self, chain: int) -> tuple[Scheduled, ...]:
+        """Choose the next step of a chain, which is empty where it has nothing to run."""
         self._step = {}
         self._budget = self.limits.tokens_per_step
         self._scored_budget = self.limits.scored_tokens_per_step
-        self.preempted = []
         behind: list[Request] = []
-        for request in tuple(self._running):
+        for request in self._running_in(chain):
             if (remaining := request.remaining) > 1:
                 behind.append(request)
             elif request in self._running:
@@ -138,8 +160,14 @@ class Scheduler:
             if request in self._running:
                 self._continue(request, request.remaining)
         if not self.preempted:
-            self._admit()
+            self._admit(chain)
         return tuple(self._step.values())
+
+    def _running_in(self, chain: int) -> tuple[Request, ...]:
+        """Return a chain's running requests, oldest first."""
+        if self._chains == 1:
+            return tuple(self._running)
+        return tuple(r for r in self._running if self._chain_of[r.variant] == chain)
 
     def advance(self, step: Sequence[Scheduled]) -> None:
         """Note that a step is on its way: its keys and values are there for all later steps."""
@@ -193,14 +221,23 @@ class Scheduler:
         self.preempted.append(victim)
         return victim
 
-    def _admit(self) -> None:
-        """Admit waiting requests in order while budget, places and pages last."""
-        while self._waiting and self._budget and len(self._running) < self.limits.running:
-            request = next(iter(self._waiting))
+    def _admit(self, chain: int) -> None:
+        """Admit a chain's waiting requests in order while budget, places and pages last.
+
+        Those of other chains that are older keep their claim to a place and to pages, so that a
+        large request is not overtaken by small ones for ever.
+        """
+        claimed = 0
+        for request in self._oldest_waiting(self.limits.running - len(self._running)):
+            if self._chain_of[request.variant] != chain:
+                claimed += self._pages_of(request)
+                continue
+            if not self._budget:
+                return
             beginning = self._prefixes.lookup(request)
             remaining = request.num_tokens - beginning.tokens
             count = self._share(request, remaining)
-            if count == 0 or not self._fits(request, beginning):
+            if count == 0 or not self._fits(request, beginning, claimed):
                 return
             del self._waiting[request]
             self._running[request] = None
@@ -209,6 +246,9 @@ class Scheduler:
             self._prefixes.admit(request, beginning)
             self._grow(request, beginning.tokens + count)
             self._put_in_step(request, count, remaining)
+
+    def _oldest_waiting(self, count: int) -> Iterable[Request]:
+        return tuple(islice(self._waiting, max(0, count))) if self._waiting else ()
 
     def _share(self, request: Request, remaining: int) -> int:
         """Return how many of the remaining tokens this step's budgets leave for the request."""
@@ -227,13 +267,17 @@ class Scheduler:
         if request.params.prompt_logprobs is not None and request.scores_prompt:
             self._scored_budget -= count
 
-    def _fits(self, request: Request, beginning: Beginning) -> bool:
-        """Return whether there are pages for all tokens of a waiting request."""
-        needed = sum(
+    def _pages_of(self, request: Request) -> int:
+        """Return how many pages hold all tokens of a request."""
+        return sum(
             self._layout.pages_for(request.num_tokens, group)
             for group in self._groups[request.variant]
         )
-        return needed - beginning.pages <= self._prefixes.available - beginning.unused_pages
+
+    def _fits(self, request: Request, beginning: Beginning, claimed: int) -> bool:
+        """Return whether there are pages for all tokens of a waiting request, claimed ones left."""
+        needed = self._pages_of(request) - beginning.pages
+        return needed <= self._prefixes.available - beginning.unused_pages - claimed
 
     def _grow(self, request: Request, tokens: int) -> bool:
         """Give a running request the pages that it lacks to hold `tokens` tokens, if there are as

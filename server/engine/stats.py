@@ -16,6 +16,8 @@ class VariantInfo:
     kv_bytes_per_token: int
     capacity_tokens: int
     """Tokens that fit in the whole page pool if only this variant uses it."""
+    dropped_mlps: tuple[int, ...] = ()
+    """Layers whose MLP it drops."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,10 @@ class Agreement:
         if not identity.is_attndrop:
             return
         told = {
-            name: entry["variant"]["dropped_layers"] for name, entry in identity.variants.items()
+            name: [entry["variant"].get(key, []) for key in ("dropped_layers", "dropped_mlps")]
+            for name, entry in identity.variants.items()
         }
-        common = {"model": identity.model, "dropped layers": told}
+        common = {"model": identity.model, "dropped layers and MLPs": told}
         self._common = self._common or common
         if self._common != common:
             raise ValueError(

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from pruning.families import FAMILIES
 from pruning.projections import MergedProjection, merge_projections
 from pruning.sublayers import wrap
-from pruning.variants import Variants
+from pruning.variants import Variant, Variants
 from server.engine.engine import Engine
 from server.engine.graphs import InputLayout
 from server.engine.request import FinishReason, Request
@@ -122,6 +122,35 @@ def test_preempted_requests_come_back_to_the_same_tokens() -> None:
     model = tiny_model(layers=LAYERS).double()
     for request in requests:
         assert recorder(request).tokens == greedy(model, request.prompt, 30)
+
+
+def test_variants_that_do_not_nest_take_turns_in_recorded_steps() -> None:
+    """`other` drops an MLP too, beside `full`, which does not."""
+    every = frozenset(range(LAYERS))
+    variants = Variants(
+        LAYERS,
+        [
+            Variant("full", every),
+            Variant("pruned", every - DROPPED["pruned"]),
+            Variant("other", every - {3}, frozenset({2})),
+        ],
+    )
+    engine = fast_engine(variants, limits=Limits(running=3))
+    recorded = engine._runner._graphs._recorded
+    places = {variant.name: place for place, variant in enumerate(variants)}
+    names = ("full", "other", "pruned", "other")
+    requests = [new.request(prompt_of(i, 5), name, max_tokens=4) for i, name in enumerate(names)]
+    finish(engine, requests)
+    engine.stop()
+    assert {"other", "pruned"} <= {
+        name for shape in recorded for name in names if shape[places[name]]
+    }
+    assert not any(shape[places["other"]] and shape[places["pruned"]] for shape in recorded)
+    for request in requests:
+        dropped = {**DROPPED, "other": {3}}[request.variant]
+        mlps = {"other": {2}}.get(request.variant, ())
+        model = silenced(tiny_model(layers=LAYERS).double(), dropped, mlps)
+        assert recorder(request).tokens == greedy(model, request.prompt, 4)
 
 
 def test_a_recorded_step_of_a_variant_has_no_rows_in_what_it_drops() -> None:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pruning.variants import Variants
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import Event, Request, SamplingParams
 from server.engine.scheduler import Limits, Scheduled, Scheduler
 from tests.engine.tiny_engine import tiny_variants
 
-VARIANTS = tiny_variants(5, pruned={2, 3, 4}, light={4})
-LAYOUT = PageLayout(tokens_per_page=(2, 2, 4), page_elements=16)
+
+class Offer(NamedTuple):
+    variants: Variants
+    layout: PageLayout
+    pages: int
+
+
+NESTED = Offer(
+    tiny_variants(5, pruned={2, 3, 4}, light={4}),
+    PageLayout(tokens_per_page=(2, 2, 4), page_elements=16),
+    32,
+)
 """Small pages: blocks are 4 tokens of `full` and 2 of the others."""
+CROSSED = Offer(
+    tiny_variants(5, pruned={2, 3, 4}, light={4}, other={1, 3}, third={1, 2}),
+    PageLayout(tokens_per_page=(2, 4, 2, 4, 4), page_elements=16),
+    56,
+)
+"""Three chains: full, light, pruned; other; third."""
+VARIANTS, LAYOUT, _ = NESTED
 LIMITS = Limits(tokens_per_step=11, scored_tokens_per_step=5, running=4, waiting=100)
-PAGES = 32
 
 
 class NoSink:
@@ -39,7 +57,8 @@ def next_token(request: Request) -> int:
 class Memory:
     """What the pages hold: for each slot, the variant and all tokens up to its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, offer: Offer) -> None:
+        self._variants, self._layout, _ = offer
         self._slots: dict[tuple[int, int], object] = {}
 
     def compute(self, step: Sequence[Scheduled]) -> None:
@@ -69,8 +88,8 @@ class Memory:
     def _places(
         self, request: Request, position: int, tokens: tuple[int, ...]
     ) -> Iterator[tuple[tuple[int, int], object]]:
-        for group in VARIANTS.groups_of(request.variant):
-            size = LAYOUT.tokens_per_page[group]
+        for group in self._variants.groups_of(request.variant):
+            size = self._layout.tokens_per_page[group]
             page = request.pages[group][position // size]
             yield (page, position % size), (group, request.variant, tokens[: position + 1])
 
@@ -83,20 +102,28 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = Memory()
         self.arrivals: dict[Request, int] = {}
         self.open: dict[Request, None] = {}
         self.reached: dict[Request, int] = {}
         self.count = 0
         self.in_flight: tuple[Scheduled, ...] = ()
 
-    @initialize(overlaps=st.booleans(), shares=st.sampled_from([True, True, False]))
-    def start(self, overlaps: bool, shares: bool) -> None:
+    @initialize(
+        offer=st.sampled_from([NESTED, CROSSED]),
+        overlaps=st.booleans(),
+        shares=st.sampled_from([True, True, False]),
+    )
+    def start(self, offer: Offer, overlaps: bool, shares: bool) -> None:
+        self.variants, self.layout, pages = offer
         self.overlaps = overlaps
-        self.scheduler = Scheduler(LIMITS, VARIANTS, LAYOUT, PagePool(PAGES), prefix_caching=shares)
+        self.memory = Memory(offer)
+        self.passed_over = dict.fromkeys(range(len(self.variants.chains)), 0)
+        self.scheduler = Scheduler(
+            LIMITS, self.variants, self.layout, PagePool(pages), prefix_caching=shares
+        )
 
     @rule(
-        variant=st.sampled_from([variant.name for variant in VARIANTS]),
+        which=st.integers(0, 100),
         shared=st.sampled_from([0, 4, 8, 13]),
         own=st.integers(1, 9),
         token=st.integers(5, 8),
@@ -106,7 +133,7 @@ class Traffic(RuleBasedStateMachine):
     )
     def arrive(
         self,
-        variant: str,
+        which: int,
         shared: int,
         own: int,
         token: int,
@@ -114,6 +141,7 @@ class Traffic(RuleBasedStateMachine):
         scored: bool,
         penalised: bool,
     ) -> None:
+        variant = list(self.variants)[which % len(self.variants)].name
         if shared + own + output > self.scheduler.capacity(variant):
             return
         self.count += 1
@@ -157,7 +185,9 @@ class Traffic(RuleBasedStateMachine):
                 self.commit((scheduled,))
 
     def schedule(self) -> tuple[Scheduled, ...]:
+        ready = {self.chain(r) for r in self.scheduler.running if r.remaining and r.can_run}
         step = self.scheduler.schedule()
+        self.check_turns(ready, step)
         if not self.in_flight:
             assert bool(step) == bool(self.open), "work stands still"
         assert sum(s.count for s in step) <= LIMITS.tokens_per_step
@@ -167,9 +197,22 @@ class Traffic(RuleBasedStateMachine):
             assert scheduled.start == request.num_computed_tokens
             assert 1 <= scheduled.count <= request.remaining
             end = scheduled.start + scheduled.count
-            for group in VARIANTS.groups_of(request.variant):
-                assert len(request.pages[group]) >= LAYOUT.pages_for(end, group)
+            for group in self.variants.groups_of(request.variant):
+                assert len(request.pages[group]) >= self.layout.pages_for(end, group)
         return step
+
+    def chain(self, request: Request) -> int:
+        return self.variants.chain_of[request.variant]
+
+    def check_turns(self, ready: set[int], step: tuple[Scheduled, ...]) -> None:
+        """A step is of one chain, and none that is ready is passed over for long."""
+        chains = {self.chain(s.request) for s in step}
+        assert len(chains) <= 1
+        preempted = {self.chain(request) for request in self.scheduler.preempted}
+        for chain in self.passed_over:
+            waits = step and chain in ready - chains - preempted
+            self.passed_over[chain] = self.passed_over[chain] + 1 if waits else 0
+            assert self.passed_over[chain] < len(self.passed_over), "a chain starves"
 
     def launch(self, step: tuple[Scheduled, ...]) -> None:
         self.memory.compute(step)
@@ -214,7 +257,7 @@ class Traffic(RuleBasedStateMachine):
     def pages_are_counted(self) -> None:
         """A shared page is counted once, and never for another variant."""
         running = self.scheduler.running
-        for variant in VARIANTS:
+        for variant in self.variants:
             own = [request for request in running if request.variant == variant.name]
             pages = {page for r in own for table in r.pages.values() for page in table}
             assert self.scheduler.prefix_stats(variant.name).owned_pages == len(pages)
@@ -225,16 +268,18 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def a_variant_owns_pages_of_its_groups_only(self) -> None:
         for request in self.scheduler.running:
-            assert set(request.pages) <= set(VARIANTS.groups_of(request.variant))
+            assert set(request.pages) <= set(self.variants.groups_of(request.variant))
         for request in self.scheduler.waiting:
             assert not request.pages
             assert request.num_computed_tokens == 0
 
     @invariant()
     def running_requests_are_older_than_waiting_ones(self) -> None:
-        order = [*self.scheduler.running, *self.scheduler.waiting]
-        assert [self.arrivals[r] for r in order] == sorted(self.arrivals[r] for r in order)
-        assert set(order) == set(self.open)
+        everyone = [*self.scheduler.running, *self.scheduler.waiting]
+        assert set(everyone) == set(self.open)
+        for chain in self.passed_over:
+            order = [self.arrivals[r] for r in everyone if self.chain(r) == chain]
+            assert order == sorted(order)
 
     def teardown(self) -> None:
         """Whatever is open ends within a bounded number of steps, and leaves no page behind."""
@@ -249,6 +294,44 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_chains_take_turns_and_one_alone_runs_every_step() -> None:
+    variants, layout, _ = CROSSED
+    scheduler = Scheduler(Limits(), variants, layout, PagePool(200))
+    for name in ("full", "other", "pruned", "other", "third"):
+        scheduler.add(Request(name, (5,) * 3, name, SamplingParams(50), NoSink(), 0.0))
+    seen = []
+    for _ in range(7):
+        step = scheduler.schedule()
+        seen.append(sorted(s.request.id for s in step))
+        for scheduled in step:
+            scheduled.request.num_computed_tokens += scheduled.count
+            scheduled.request.output.append(9)
+        if len(seen) == 4:
+            for request in scheduler.running:
+                if request.variant not in ("full", "pruned"):
+                    scheduler.remove(request)
+    turn = [["full", "pruned"], ["other", "other"], ["third"]]
+    assert seen == [*turn, turn[0], turn[0], turn[0], turn[0]]
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones_of_another_chain() -> None:
+    variants, layout, _ = CROSSED
+    scheduler = Scheduler(Limits(running=9), variants, layout, PagePool(30))
+    first = Request("first", (5,) * 16, "other", SamplingParams(9), NoSink(), 0.0)
+    scheduler.add(first)
+    scheduler.schedule()
+    large = Request("large", (5,) * 16, "full", SamplingParams(1), NoSink(), 0.0)
+    small = Request("small", (5,) * 2, "other", SamplingParams(1), NoSink(), 0.0)
+    scheduler.add(large)
+    scheduler.add(small)
+    for _ in range(3):
+        scheduler.schedule()
+        assert scheduler.waiting == (large, small), "small leaves the pages that large waits for"
+    scheduler.remove(first)
+    (step,) = scheduler.schedule()
+    assert step.request is large
 
 
 def test_decoding_goes_before_long_prompts() -> None:

@@ -14,6 +14,7 @@ from pruning.conversation import chat_prompts, greedy, sampled
 from pruning.evaluate import repetition
 from pruning.evidence import read_evidence
 from pruning.plan import read_with_substitutes
+from pruning.targets import attention_of
 from server.cli import app
 from tests.pruning.tiny_models import EOS, ids, tiny_base, tiny_model
 from tests.reference.divergence import cost, substituted
@@ -122,7 +123,7 @@ class TestConversations:
         """Replaying the draws over whole sequences, one by one, gives the same tokens."""
         base, plain = tiny_base(family), silenced(tiny_model(family), [2])
         prompts = [torch.tensor(ids(text)) for text in ("so: ", "who is it?", "a")]
-        for seed, written in enumerate(sampled(base, prompts, 12, [0, 1, 2], [2])):
+        for seed, written in enumerate(sampled(base, prompts, 12, [0, 1, 2], attention_of([2]))):
             generator, sequence = torch.Generator().manual_seed(seed), prompts[seed]
             for token in written.answer:
                 with torch.no_grad():
@@ -137,7 +138,9 @@ class TestConversations:
     def test_greedy_answers_are_the_most_likely_tokens(self):
         base, plain = tiny_base(), silenced(tiny_model(), [1])
         prompts = [torch.tensor(ids(text)) for text in ("so: ", "who is it?")]
-        for prompt, written in zip(prompts, greedy(base, prompts, 8, [1]), strict=True):
+        for prompt, written in zip(
+            prompts, greedy(base, prompts, 8, attention_of([1])), strict=True
+        ):
             sequence = prompt
             for token in written.answer:
                 with torch.no_grad():

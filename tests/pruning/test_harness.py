@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pruning.evidence import EvidenceError
+from pruning.targets import NO_SUBLAYERS, attention_of
 from tests.pruning.test_evaluate import folder, run  # noqa: F401 - a fixture
 from tests.pruning.tiny_models import ids, tiny_base
 
@@ -62,7 +63,7 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 class TestHarnessModel:
     def test_an_empty_context_is_the_token_that_texts_begin_with(self):
         base = tiny_base()
-        model = HarnessModel(base, [1], silent, "test")
+        model = HarnessModel(base, attention_of([1]), silent, "test")
         ((found, _),) = model.loglikelihood(requests("loglikelihood", ("", "ab")))
         with torch.no_grad():
             logits = base.model(torch.tensor([[1, *ids("ab")]]), attending_rows=[3, 0, 3, 3]).logits
@@ -70,7 +71,7 @@ class TestHarnessModel:
         assert found == pytest.approx(expected.sum().item(), abs=1e-5)
 
     def test_texts_longer_than_the_context_are_read_in_windows(self):
-        model = HarnessModel(tiny_base(), (), silent, "test")
+        model = HarnessModel(tiny_base(), NO_SUBLAYERS, silent, "test")
         short, long = "ab" * 20, "abc" * 100
         found = model.loglikelihood_rolling(requests("loglikelihood_rolling", (short,), (long,)))
         ((whole, _),) = model.loglikelihood(requests("loglikelihood", ("", short)))
@@ -79,7 +80,7 @@ class TestHarnessModel:
 
     def test_answers_end_before_a_stop_text(self):
         base = tiny_base()
-        model = HarnessModel(base, (), silent, "test")
+        model = HarnessModel(base, NO_SUBLAYERS, silent, "test")
         (whole,) = model.generate_until(requests("generate_until", ("ab", {"max_gen_toks": 9})))
         stop = whole[4]
         cut = {"max_gen_toks": 9, "until": [stop]}
@@ -87,7 +88,7 @@ class TestHarnessModel:
         assert short == whole.split(stop)[0]
 
     def test_drawn_answers_are_refused(self):
-        model = HarnessModel(tiny_base(), (), silent, "test")
+        model = HarnessModel(tiny_base(), NO_SUBLAYERS, silent, "test")
         with pytest.raises(EvidenceError, match="only greedy"):
             model.generate_until(requests("generate_until", ("ab", {"do_sample": True})))
 

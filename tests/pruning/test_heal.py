@@ -27,7 +27,7 @@ from pruning.substitutes import LinearSubstitute, SubstituteKind, fit_linear
 from pruning.twin import Twin
 from server.cli import app
 from server.config import Settings
-from server.startup import find_plan, make_variants
+from server.startup import find_plan, make_variants, plan_variants
 from tests.engine.tiny_engine import Numbered, recorder, tiny_engine
 from tests.pruning.tiny_models import ids, tiny_base, tiny_model
 from tests.reference.distillation import kl_gradients
@@ -394,18 +394,32 @@ class TestCommand:
         assert plan.id != before.id
 
 
+def test_a_plan_that_drops_mlps_is_refused(folder, tmp_path):
+    made = attndrop(
+        folder, "plan", "--target", "mlp", "--drop", "2", "--output", tmp_path / "m.json"
+    )
+    assert made.exit_code == 0, made.output
+    result = attndrop(
+        folder, "heal", "--plan", tmp_path / "m.json", "--output", tmp_path / "h.json"
+    )
+    assert result.exit_code == 1
+    assert "is for target 'mlp'; heal a plan made with --target attention" in result.output
+
+
 def test_a_healed_plan_is_served(folder, tmp_path):
     out = tmp_path / "healed.json"
     result = heal(folder, "cosine", out, "--drop", 2, "--steps", 3)
     assert result.exit_code == 0, result.output
     settings = Settings(plan=str(out))
-    plan, substitutes, _ = find_plan(settings, tiny_base(layers=LAYERS), silent)
+    base = tiny_base(layers=LAYERS)
+    plan, substitutes, _ = find_plan(settings, base, silent)
+    variants = make_variants(settings, plan_variants(settings, base, plan, substitutes))
     maps = {
         layer: (each.weight.double(), each.bias.double())
         for layer, each in substitutes.by_layer.items()
     }
     pruned = substituted(tiny_model(layers=LAYERS).double(), maps)
-    engine, new = tiny_engine(make_variants(settings, plan), substitutes=substitutes), Numbered()
+    engine, new = tiny_engine(variants, substitutes=substitutes), Numbered()
     requests = [new.request(ids(text), "pruned") for text in ("All work", "no play makes Jack")]
     engine.submit(requests)
     for request in requests:

@@ -8,6 +8,7 @@ import torch
 from pruning import likelihood
 from pruning.evidence import EvidenceError
 from pruning.likelihood import Pair, encoded, likelihoods
+from pruning.targets import attention_of
 from tests.pruning.tiny_models import BOS, ids, tiny_base, tiny_model
 from tests.reference.silenced import silenced
 
@@ -19,7 +20,9 @@ def test_batches_score_as_single_sequences_do(family, monkeypatch):
     monkeypatch.setitem(likelihood._TOKENS, "cpu", 40)  # several batches, one of them padded
     base, plain = tiny_base(family), silenced(tiny_model(family), [1])
     pairs = [encoded(base.tokenizer, *texts) for texts in TEXTS]
-    for (context, text), found in zip(TEXTS, likelihoods(base, pairs, [1]), strict=True):
+    for (context, text), found in zip(
+        TEXTS, likelihoods(base, pairs, attention_of([1])), strict=True
+    ):
         whole = torch.tensor([ids(context + text)])
         with torch.no_grad():
             logprobs = plain(whole).logits[0, len(context) - 1 : -1].double().log_softmax(-1)

@@ -12,6 +12,7 @@ import pytest
 from pruning.llm_drop import DropLists, plan_from_llm_drop, read_drop_lists, write_drop_lists
 from pruning.plan import PlanError, SubstitutesRecord, read_plan, write_plan
 from pruning.plan_cache import PlanRequest, compute_plan
+from pruning.targets import Sublayers
 from tests.pruning.tiny_models import tiny_base
 
 BASE = tiny_base(layers=6)
@@ -78,11 +79,8 @@ class TestImport:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (
-                {"drop_attn_list": [1], "drop_mlp_list": [2, 3]},
-                r"drops the MLPs of layers \[2, 3\]",
-            ),
-            ({"drop_attn_list": [], "drop_mlp_list": []}, "drops no attention"),
+            ({"drop_attn_list": [], "drop_mlp_list": []}, "drops nothing"),
+            ({"drop_mlp_list": [0]}, "drops the MLP of layer 0, which must be kept"),
             ({"drop_attn_list": [0, 1]}, "drops the attention of layer 0, which must be kept"),
             ({"drop_attn_list": [6]}, "layer 6 in ranking is not one of"),
             ({"drop_attn_list": [1, 1]}, "layer 1 is listed twice"),
@@ -92,6 +90,24 @@ class TestImport:
     def test_refused(self, config, content, message):
         with pytest.raises(PlanError, match=message):
             plan_from_llm_drop(config(**content), BASE)
+
+    @pytest.mark.parametrize(
+        ("content", "target", "attention", "mlps"),
+        [
+            ({"drop_mlp_list": [4, 2]}, "mlp", set(), {4}),
+            ({"drop_attn_list": [3], "drop_mlp_list": [3, 1]}, "joint", {3}, set()),
+        ],
+    )
+    def test_mlps(self, config, content, target, attention, mlps):
+        path = config(num_hidden_layers=6, **content)
+        plan = plan_from_llm_drop(path, BASE)
+        assert plan.target == target
+        assert plan.dropped(1) == Sublayers(frozenset(attention), frozenset(mlps))
+        path.write_text("{}")
+        write_drop_lists(path, plan)
+        again = read_drop_lists(path)
+        assert list(again.attention) == content.get("drop_attn_list", [])
+        assert list(again.mlp) == content["drop_mlp_list"]
 
 
 class TestExport:

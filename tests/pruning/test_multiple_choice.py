@@ -9,6 +9,7 @@ import pytest
 from pruning.evidence import EvidenceError
 from pruning.likelihood import encoded, likelihoods
 from pruning.multiple_choice import chosen_by, read_questions
+from pruning.targets import attention_of
 from tests.pruning.tiny_models import tiny_base
 
 LINES = [
@@ -36,10 +37,12 @@ def test_the_choice_with_the_most_log_probability_a_character_is_taken(tmp_path)
         ]
         scores = [
             found.total / len(text)
-            for found, text in zip(likelihoods(base, pairs, {2}), item.continuations, strict=True)
+            for found, text in zip(
+                likelihoods(base, pairs, attention_of({2})), item.continuations, strict=True
+            )
         ]
         expected.append(scores.index(max(scores)))
-    assert chosen_by(base, questions, {2}) == expected
+    assert chosen_by(base, questions, attention_of({2})) == expected
 
 
 def test_questions_are_taken_at_an_even_stride(tmp_path):

@@ -26,7 +26,7 @@ REQUEST = PlanRequest(samples=2, length=12, protected=frozenset({3}))
 
 class TestRequest:
     def test_unknown_strategy(self):
-        with pytest.raises(PlanError, match="strategy 'best' is not one of cosine, greedy"):
+        with pytest.raises(PlanError, match="strategy 'best' is not one of cosine, greedy, search"):
             PlanRequest(strategy="best")
 
     def test_options_that_the_strategy_cannot_use(self):

@@ -100,6 +100,26 @@ def test_greedy_with_substitutes_writes_them_beside_the_plan(model, tmp_path):
         read_with_substitutes(out)
 
 
+def test_a_search_says_what_it_gained(model, tmp_path):
+    out = tmp_path / "plan.json"
+    options = ("--strategy", "search", "--evaluations", 5, "--drop", "50%")
+    result = run("--model", model, *options, "--output", out, *SMALL)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(out)
+    assert (plan.strategy, plan.drop, plan.searched.depth, plan.searched.tried) == (
+        "search",
+        3,
+        3,
+        5,
+    )
+    for text in (result.stderr, run("show", out).stdout):
+        assert "searched 5 sets of 3 layers: " in text
+        assert "greedy" in text
+    result = run("--model", model, *options[:2], "--min-agreement", "0.9999", *SMALL)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "give another --drop or a wider budget" in result.stderr
+
+
 def test_several_sources_are_named_in_the_plan(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("All work and no play makes Jack a dull boy.\n" * 20)
@@ -195,12 +215,31 @@ class TestLlmDrop:
         assert exported.exit_code == 0
         assert json.loads(config.read_text())["drop_attn_list"] == [5]
 
-    def test_mlp_dropping_is_refused(self, model, tmp_path):
+    def test_mlps(self, model, tmp_path):
         config = tmp_path / "config.json"
-        config.write_text(json.dumps({"drop_attn_list": [5], "drop_mlp_list": [5]}))
-        result = run("import-llm-drop", config, "--model", model)
-        assert result.exit_code == 1
-        assert "only attention can be dropped here" in result.stderr
+        config.write_text(json.dumps({"drop_attn_list": [5], "drop_mlp_list": [5, 3]}))
+        out = tmp_path / "plan.json"
+        imported = run("import-llm-drop", config, "--model", model, "--output", out)
+        assert "drops 3 of 12 sublayers of tiny: attention of 5; MLPs of 3, 5" in imported.stderr
+        shown = run("show", out, "--drop", "2").stdout
+        assert shown.count("dropped") == 2
+        assert "5 mlp" in shown
+        config.write_text("{}")
+        exported = run("export-llm-drop", out, config, "--drop", "2")
+        assert "wrote attention of 5; MLPs of 5, dropped by plan" in exported.stderr
+        assert json.loads(config.read_text()) == {"drop_attn_list": [5], "drop_mlp_list": [5]}
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("mlp", "3 of 6 MLPs"), ("joint", "6 of 12 sublayers")]
+)
+def test_other_targets(model, target, what):
+    result = run("--model", model, "--target", target, "--drop", "50%", *SMALL)
+    assert json.loads(result.stdout)["target"] == target
+    assert f"drops {what} of tiny: " in result.stderr
+    result = run("--model", model, "--target", target, "--strategy", "greedy", *SMALL)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "ranks attention only" in result.stderr
 
 
 def test_help_names_the_commands():

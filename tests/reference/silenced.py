@@ -2,6 +2,7 @@
 
 An attention sublayer adds `attention(norm(h))` to `h`. If its output projection is zero, it adds
 exactly zero (a norm of zero is zero, a multiple of zero is zero), which is what dropping it means.
+An MLP adds zero likewise if its last projection is zero.
 Nothing of the project is used: the model's own code runs, unwrapped, with its own masks.
 """
 
@@ -14,12 +15,18 @@ import torch
 from transformers import PreTrainedModel
 
 
-def silenced(model: PreTrainedModel, dropped: Iterable[int]) -> PreTrainedModel:
-    """Return a copy of an unwrapped model in which these layers' attention adds zero."""
+def silenced(
+    model: PreTrainedModel, dropped: Iterable[int], mlps: Iterable[int] = ()
+) -> PreTrainedModel:
+    """Return a copy of an unwrapped model in which these layers' attention adds zero, and so do
+    these layers' MLPs."""
     model = copy.deepcopy(model)
+    layers = model.get_decoder().layers
     with torch.no_grad():
-        for layer in dropped:
-            projection = model.get_decoder().layers[layer].self_attn.o_proj
+        for projection in (
+            *(layers[layer].self_attn.o_proj for layer in dropped),
+            *(layers[layer].mlp.down_proj for layer in mlps),
+        ):
             projection.weight.zero_()
             if projection.bias is not None:
                 projection.bias.zero_()
