@@ -89,6 +89,7 @@ def llama_cpp(work: Work, port: int) -> HttpPeer:
         "--threads": _cores(),
         "--threads-batch": _cores(),
         "--cache-ram": 0,
+        "--log-verbosity": 4,  # at which the size of the KV cache is said
     }
     flags = ("--no-cache-prompt", "--no-kv-unified", "--no-ui")
     return HttpPeer(
