@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: serve test test-export engines lint format clean
+.PHONY: serve test test-export engines peers lint format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/attndrop serve $(ARGS)
@@ -24,9 +24,34 @@ test-export: $(VENV)/.test engines
 
 engines: $(ENGINES)/vllm/.ready $(ENGINES)/llama-cpp/.ready $(ENGINES)/kubernetes/.ready
 
+# What benchmarks/serve.py measures beside us.
+peers: $(ENGINES)/vllm/.ready $(ENGINES)/llama-server/.ready
+
 $(ENGINES)/%/.ready: benchmarks/engines/%.txt
 	test -x $(ENGINES)/$*/bin/python || $(PYTHON) -m venv $(ENGINES)/$*
 	$(ENGINES)/$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r $<
+	touch $@
+
+# llama.cpp's own server for this processor, from the source that its Python bindings carry; the
+# bindings' server computes one request at a time. About ten minutes of two cores.
+LLAMA := $(ENGINES)/llama-server
+LLAMA_SOURCE = $(LLAMA)/source/$(LLAMA_RELEASE)/vendor/llama.cpp
+LLAMA_VERSION := 0.3.36
+LLAMA_RELEASE := llama_cpp_python-$(LLAMA_VERSION)
+LLAMA_OFF := LLAMA_OPENSSL LLAMA_BUILD_UI LLAMA_USE_PREBUILT_UI LLAMA_BUILD_TESTS LLAMA_BUILD_EXAMPLES \
+	BUILD_SHARED_LIBS
+
+$(LLAMA)/.ready: benchmarks/engines/llama-server.txt
+	test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r $<
+	$(LLAMA)/bin/python -m pip download --disable-pip-version-check --quiet --no-deps \
+		--no-binary llama-cpp-python --dest $(LLAMA)/source llama-cpp-python==$(LLAMA_VERSION)
+	tar -xzf $(LLAMA)/source/$(LLAMA_RELEASE).tar.gz -C $(LLAMA)/source
+	PATH="$(CURDIR)/$(LLAMA)/bin:$$PATH" nice -n 10 sh -e -c '\
+		cmake -G Ninja -S $(LLAMA_SOURCE) -B $(LLAMA)/cmake -DCMAKE_BUILD_TYPE=Release $(LLAMA_OFF:%=-D%=OFF); \
+		cmake --build $(LLAMA)/cmake --target llama-server'
+	cp $(LLAMA)/cmake/bin/llama-server $(LLAMA)/bin/
+	rm -r $(LLAMA)/source $(LLAMA)/cmake
 	touch $@
 
 lint: $(VENV)/.test

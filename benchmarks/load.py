@@ -1,7 +1,8 @@
 """A load generator: streaming completions over HTTP, timed from the client's side.
 
-Every request has a fixed number of prompt and generated tokens (random token ids, `ignore_eos`),
-so that variants and peers do the same work.
+Every request has a fixed number of prompt and generated tokens (random token ids, no end of text),
+so that variants and peers do the same work. Raw sockets: the generator shares the machine with
+what it measures, and an HTTP client's work for each token would be part of the figure.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 VARIANT_HEADER = "X-Model-Variant"
+_KV_METRIC = "attndrop_kv_cache_used_bytes"
+_WATCH_SECONDS = 0.5
+_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +32,20 @@ class Load:
     concurrency: int
     prompt_tokens: int
     output_tokens: int
-    vocabulary: int
+    vocabulary: Sequence[int] = range(10, 10_000)
+    """The tokens that prompts are made of."""
     rate: float | None = None
     """Poisson arrivals a second; None sends the next request when one ends."""
     seed: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Of one request, prompt and answer together."""
+        return self.prompt_tokens + self.output_tokens
+
     def prompts(self) -> list[list[int]]:
-        random_tokens = random.Random(self.seed)
-        return [
-            [random_tokens.randrange(10, self.vocabulary) for _ in range(self.prompt_tokens)]
-            for _ in range(self.requests)
-        ]
+        draw = random.Random(self.seed)
+        return [draw.choices(self.vocabulary, k=self.prompt_tokens) for _ in range(self.requests)]
 
     def arrivals(self) -> list[float]:
         """Return when each request may be sent, in seconds."""
@@ -50,12 +58,57 @@ class Load:
         return times
 
 
+def no_kv_bytes(metrics: str) -> None:
+    """What is read from /metrics of a server that does not say it."""
+    del metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a load is sent, and what that server wants to be told."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, object] = field(default_factory=dict)
+    """Beside what every server of this API is sent."""
+    spelled: Callable[[list[int]], object] = list
+    """How it is given a prompt of token ids."""
+    kv_bytes: Callable[[str], float | None] = no_kv_bytes
+    """From the text of /metrics: bytes of the KV cache in use."""
+
+
+def ours(url: str, variant: str) -> Endpoint:
+    """Return the endpoint of one variant on this project's server."""
+    label = f'variant="{variant}"'
+    return Endpoint(
+        url,
+        headers={VARIANT_HEADER: variant},
+        body={"ignore_eos": True},
+        kv_bytes=lambda metrics: metric(metrics, _KV_METRIC, label),
+    )
+
+
+def metric(text: str, name: str, label: str = "") -> float:
+    """Return a sample of /metrics.
+
+    Raises:
+        RuntimeError: there is none of that name and label.
+    """
+    for line in text.splitlines():
+        if line.startswith((f"{name}{{", f"{name} ")) and label in line:
+            return float(line.rsplit(" ", 1)[1])
+    raise RuntimeError(f"/metrics has no {name} {label}")
+
+
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """When a request was sent and when each of its tokens arrived, in seconds."""
+    """When a request was sent and when each piece of its answer arrived, in seconds."""
 
     sent: float
     tokens: tuple[float, ...]
+    """One for each token, or fewer where a server sends several tokens at once."""
+    generated: int
+    """As the server's usage says."""
     cached_tokens: int = 0
     """Of its prompt, as the server's usage says."""
 
@@ -74,18 +127,20 @@ class Measured:
 
     requests: tuple[Timed, ...]
     seconds: float
-    peak_kv_bytes: float
-    """Highest KV-cache bytes in use that were seen while it ran."""
+    peak_kv_bytes: float | None
+    """Highest KV-cache bytes in use that were seen while it ran; None where nobody says."""
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(len(request.tokens) for request in self.requests) / self.seconds
+        return sum(request.generated for request in self.requests) / self.seconds
 
     def first_token(self, quantile: float) -> float:
         return at_quantile([request.first for request in self.requests], quantile)
 
     def inter_token(self, quantile: float) -> float:
-        return at_quantile([gap for request in self.requests for gap in request.gaps], quantile)
+        """Return 0 where no request has two pieces."""
+        gaps = [gap for request in self.requests for gap in request.gaps]
+        return at_quantile(gaps, quantile) if gaps else 0.0
 
 
 def at_quantile(values: Sequence[float], quantile: float) -> float:
@@ -94,28 +149,27 @@ def at_quantile(values: Sequence[float], quantile: float) -> float:
     return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
-async def run_load(url: str, variant: str, load: Load) -> Measured:
-    """Send a load to one variant and return what was seen."""
+async def run_load(endpoint: Endpoint, load: Load) -> Measured:
+    """Send a load to one endpoint and return what was seen."""
     places = asyncio.Semaphore(load.concurrency)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        watch = _KvWatch()
-        watching = asyncio.create_task(watch.run(client, variant))
-        start = time.perf_counter()
-        timed = await asyncio.gather(
-            *(
-                _one_request(client, variant, prompt, load.output_tokens, places, start + arrival)
-                for prompt, arrival in zip(load.prompts(), load.arrivals(), strict=True)
-            )
+    watch = _KvWatch()
+    watching = asyncio.create_task(watch.run(endpoint))
+    start = time.perf_counter()
+    timed = await asyncio.gather(
+        *(
+            _in_its_time(endpoint, prompt, load.output_tokens, places, start + arrival)
+            for prompt, arrival in zip(load.prompts(), load.arrivals(), strict=True)
         )
-        seconds = time.perf_counter() - start
-        watching.cancel()
+    )
+    seconds = max(request.tokens[-1] for request in timed) - start
+    if watching.done():
+        watching.result()
+    watching.cancel()
     return Measured(tuple(timed), seconds, watch.peak)
 
 
-async def _one_request(
-    client: httpx.AsyncClient,
-    variant: str,
+async def _in_its_time(
+    endpoint: Endpoint,
     prompt: list[int],
     output_tokens: int,
     places: asyncio.Semaphore,
@@ -123,62 +177,76 @@ async def _one_request(
 ) -> Timed:
     await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
     async with places:
-        return await send(client, variant, prompt, output_tokens)
+        return await send(endpoint, prompt, output_tokens)
 
 
-async def send(
-    client: httpx.AsyncClient, variant: str, prompt: list[int], output_tokens: int
-) -> Timed:
+async def send(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> Timed:
     """Send one streamed request and note when its tokens arrive.
 
     Raises:
         RuntimeError: the answer was an error or had another number of tokens.
     """
     body = {
-        "prompt": prompt,
+        "prompt": endpoint.spelled(prompt),
         "max_tokens": output_tokens,
         "temperature": 0,
-        "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **endpoint.body,
     }
     sent = time.perf_counter()
     arrived: list[float] = []
     usage: dict[str, Any] = {}
-    async with client.stream(
-        "POST", "/v1/completions", json=body, headers={VARIANT_HEADER: variant}
-    ) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(line)
-            if event["choices"]:
-                arrived.append(time.perf_counter())
-            usage = event["usage"] or usage
-    if len(arrived) != output_tokens:
-        raise RuntimeError(f"{len(arrived)} tokens arrived where {output_tokens} were asked for")
-    return Timed(sent, tuple(arrived), usage["prompt_tokens_details"]["cached_tokens"])
+    async for event in _events(endpoint, json.dumps(body).encode()):
+        if "error" in event:
+            raise RuntimeError(f"{endpoint.url} answered {event}")
+        if event["choices"]:
+            arrived.append(time.perf_counter())
+        usage = event.get("usage") or usage
+    generated = usage.get("completion_tokens", 0)
+    if generated != output_tokens:
+        raise RuntimeError(f"{generated} tokens came from {endpoint.url}, not {output_tokens}")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    # A last event without a token, which some servers send, is none of its pieces.
+    return Timed(sent, tuple(arrived[:generated]), generated, cached)
+
+
+async def _events(endpoint: Endpoint, body: bytes) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a stream. Servers send each of them whole, within one chunk."""
+    parts = urlsplit(endpoint.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=_LINE_BYTES)
+    try:
+        writer.write(_head(parts.netloc, endpoint.headers, len(body)) + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            told = (await reader.read(2000)).decode(errors="replace")
+            raise RuntimeError(f"{endpoint.url} answered {status.decode().strip()}: {told}")
+        async for line in reader:
+            if line.startswith(b"data: [DONE]"):
+                return
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+    finally:
+        writer.close()
+
+
+def _head(host: str, headers: Mapping[str, str], length: int) -> bytes:
+    lines = {"Host": host, "Content-Type": "application/json", "Content-Length": str(length)}
+    fields = "".join(f"{name}: {value}\r\n" for name, value in {**lines, **headers}.items())
+    return f"POST /v1/completions HTTP/1.1\r\n{fields}Connection: close\r\n\r\n".encode()
 
 
 class _KvWatch:
     """Remembers the most KV-cache bytes that /metrics showed."""
 
     def __init__(self) -> None:
-        self.peak = 0.0
+        self.peak: float | None = None
 
-    async def run(self, client: httpx.AsyncClient, variant: str) -> None:
-        while True:
-            self.peak = max(self.peak, await kv_bytes(client, variant))
-            await asyncio.sleep(0.25)
-
-
-async def kv_bytes(client: httpx.AsyncClient, variant: str) -> float:
-    """Return the KV-cache bytes that a variant's requests own now, from /metrics."""
-    text = (await client.get("/metrics")).text
-    for line in text.splitlines():
-        if line.startswith("attndrop_kv_cache_used_bytes{") and f'variant="{variant}"' in line:
-            return float(line.rsplit(" ", 1)[1])
-    raise RuntimeError(f"/metrics has no KV bytes for {variant!r}")
+    async def run(self, endpoint: Endpoint) -> None:
+        if endpoint.kv_bytes is no_kv_bytes:
+            return
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=600) as client:
+            while True:
+                seen = endpoint.kv_bytes((await client.get("/metrics")).text)
+                self.peak = max(self.peak or 0.0, seen or 0.0)
+                await asyncio.sleep(_WATCH_SECONDS)

@@ -84,8 +84,8 @@ def transformers_generate(base: BaseModel, model: torch.nn.Module, load: Load) -
 def _timed(sent: float, ended: float, clock: _Clock | None, load: Load) -> Timed:
     """Return a request's times; a batch of several shows its tokens only when all are done."""
     if clock is None:
-        return Timed(sent, (ended,) * load.output_tokens)
-    return Timed(sent, tuple(clock.times[-load.output_tokens :]))
+        return Timed(sent, (ended,) * load.output_tokens, load.output_tokens)
+    return Timed(sent, tuple(clock.times[-load.output_tokens :]), load.output_tokens)
 
 
 _BLOCK_TOKENS = 256

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import send
+from benchmarks.load import ours, send
 from benchmarks.server import running_server
 from pruning.loading import EMBEDDED_MODEL
 
@@ -79,13 +78,12 @@ async def _measure(
     warm-up, is left out."""
     draw = random.Random()  # new beginnings each time, also on a server that has seen others
     rounds: dict[str, list[tuple[float, float, int]]] = {variant: [] for variant in variants}
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        for _ in range(repeats + 1):
-            for variant in variants:
-                beginning = _tokens(draw, shared)
-                prompts = [beginning + _tokens(draw, own) for _ in range(2)]
-                first, second = [await send(client, variant, prompt, 4) for prompt in prompts]
-                rounds[variant].append((first.first, second.first, second.cached_tokens))
+    for _ in range(repeats + 1):
+        for variant in variants:
+            beginning = _tokens(draw, shared)
+            prompts = [beginning + _tokens(draw, own) for _ in range(2)]
+            first, second = [await send(ours(url, variant), prompt, 4) for prompt in prompts]
+            rounds[variant].append((first.first, second.first, second.cached_tokens))
     return [_row(variant, found[1:]) for variant, found in rounds.items()]
 
 

@@ -192,18 +192,19 @@ async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, N
     options = call.body.stream_options
     with_usage = options is not None and options.include_usage
     usage = Usage(call.prompt_tokens, 0)
+    header = call.header()
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             usage = usage.plus(delta.generated)
             choice = _choice(call, delta.choice, delta.text, delta.shown, delta.finish)
-            event: dict[str, Any] = {**call.header(), "choices": [choice]}
+            event: dict[str, Any] = {**header, "choices": [choice]}
             if with_usage:
                 continuous = options is not None and options.continuous_usage_stats
                 event["usage"] = usage.json() if continuous else None
             yield event
     if with_usage:
         usage = usage.with_cached(generation.cached_tokens(call.body.drafts))
-        yield {**call.header(), "choices": [], "usage": usage.json()}
+        yield {**header, "choices": [], "usage": usage.json()}
 
 
 def _choice(

@@ -1,0 +1,207 @@
+"""What HTTP costs: one engine, the same load given to it in this process and over HTTP as streams.
+
+    python -m benchmarks.overhead --streams 32 --repeats 3
+
+One process holds the engine and the server, as `attndrop serve` does; the clients are a process of
+their own. Runs of both kinds alternate. Beside the speeds stands the processor time of a generated
+token: on a machine with as many cores as the engine has threads, the clients' work slows down the
+engine, and that is not the server's cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.inprocess import Running, machine, passing
+from benchmarks.inprocess import serve as serve_in_process
+from benchmarks.load import Load, no_kv_bytes, ours, run_load
+from pruning.cli import progress_bars
+from pruning.loading import EMBEDDED_MODEL
+from server.config import Settings
+from server.engine.assembly import default_limits
+from server.lifecycle import Server, bind
+from server.startup import start
+
+BAR = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the load."""
+
+    tokens_per_second: float
+    process_cpu: float
+    """Seconds of processor time that the engine's process spent on a token."""
+    http_cpu: float = 0.0
+    """Of those, the thread's that serves HTTP."""
+    client_cpu: float = 0.0
+    """Seconds of processor time that the clients' process spent on a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Medians of both kinds."""
+
+    streams: int
+    in_process: Run
+    over_http: Run
+
+    @property
+    def share(self) -> float:
+        """Of the speed in process, what is lost over HTTP."""
+        return 1 - self.over_http.tokens_per_second / self.in_process.tokens_per_second
+
+    @property
+    def cpu_share(self) -> float:
+        """Processor time of the thread that serves HTTP over what a token takes in process."""
+        return self.over_http.http_cpu / self.in_process.process_cpu
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What to serve.")] = EMBEDDED_MODEL,
+    drop: Annotated[str, typer.Option(help="What `pruned` drops.")] = "50%",
+    variant: Annotated[str, typer.Option(help="Which variant is measured.")] = "full",
+    streams: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="A run, for each one in flight.")] = 2,
+    prompt_tokens: int = 64,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
+) -> None:
+    """Measure what HTTP costs."""
+    load = Load(requests * streams, streams, prompt_tokens, output_tokens)
+    settings = Settings.model_validate({"model": model, "drop": drop, "prefix_caching": False})
+    with _clients() as clients, _served(settings) as served:
+        found = _measure(served, clients, variant, load, repeats)
+    _print(found, load)
+    if output is not None:
+        shares = {"share": found.share, "cpu_share": found.cpu_share}
+        body = {"machine": machine(served.device), **asdict(found), **shares}
+        output.write_text(json.dumps(body, indent=2) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A running engine and the server in front of it."""
+
+    running: Running
+    device: torch.device
+    url: str
+    thread: threading.Thread
+    """The one that serves HTTP."""
+
+    def http_seconds(self) -> float:
+        """Return the processor time that serving HTTP has taken."""
+        assert self.thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident))
+
+
+@contextmanager
+def _clients() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
+        yield clients
+
+
+@contextmanager
+def _served(settings: Settings) -> Iterator[_Served]:
+    """Start an engine and the server in front of it, in this process, and stop them after."""
+    address = bind("127.0.0.1", 0)
+    before = time.monotonic()
+    with progress_bars() as progress:
+        started = passing(lambda: start(settings, progress))
+    seconds = time.monotonic() - before
+    up: SimpleQueue[str] = SimpleQueue()
+    server = Server(started.app, started.service, started.engine, drain_timeout=1, when_up=up.put)
+    thread = threading.Thread(target=server.run, args=([address],), name="http")
+    thread.start()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vocabulary, limits = started.service.vocabulary_size, default_limits(device)
+    try:
+        url = up.get(timeout=60)
+        yield _Served(Running(started.engine, vocabulary, limits, seconds), device, url, thread)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _measure(
+    served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load, repeats: int
+) -> Overhead:
+    """Alternate both kinds; the first run of each, a warm-up, is left out."""
+    inside, over = [], []
+    for _ in range(repeats + 1):
+        inside.append(_in_process(served.running, variant, load))
+        over.append(_over_http(served, clients, variant, load))
+    return Overhead(load.concurrency, _median(inside[1:]), _median(over[1:]))
+
+
+def _in_process(running: Running, variant: str, load: Load) -> Run:
+    before = time.process_time()
+    served = serve_in_process(
+        running, variant, load.requests, load.prompt_tokens, load.output_tokens, load.concurrency
+    )
+    spent = time.process_time() - before
+    return Run(served.tokens_per_second, spent / served.output_tokens)
+
+
+def _over_http(served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load) -> Run:
+    process, http = time.process_time(), served.http_seconds()
+    speed, client = clients.submit(_client, served.url, variant, load).result()
+    tokens = load.requests * load.output_tokens
+    return Run(
+        speed,
+        (time.process_time() - process) / tokens,
+        (served.http_seconds() - http) / tokens,
+        client / tokens,
+    )
+
+
+def _client(url: str, variant: str, load: Load) -> tuple[float, float]:
+    """Send a load; return tokens a second and the seconds of processor time that it took here."""
+    before = time.process_time()
+    endpoint = replace(ours(url, variant), kv_bytes=no_kv_bytes)  # a scrape is no part of serving
+    measured = asyncio.run(run_load(endpoint, load))
+    return measured.tokens_per_second, time.process_time() - before
+
+
+def _median(runs: Sequence[Run]) -> Run:
+    columns = zip(*map(astuple, runs), strict=True)
+    return Run(*(statistics.median(column) for column in columns))
+
+
+def _print(found: Overhead, load: Load) -> None:
+    title = (
+        f"{load.concurrency} streams, {load.prompt_tokens} prompt and {load.output_tokens} "
+        f"generated tokens a request; bar: {BAR:.0%}"
+    )
+    table = Table(title=title)
+    for heading in ("", "tokens/s", "CPU µs a token", "of it HTTP's thread", "clients' beside it"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, run in (("in process", found.in_process), ("over HTTP", found.over_http)):
+        seconds = (run.process_cpu, run.http_cpu, run.client_cpu)
+        cells = (f"{value * 1e6:.0f}" for value in seconds)
+        table.add_row(name, f"{run.tokens_per_second:.1f}", *cells)
+    mark = "" if found.share <= BAR else " !"
+    table.add_row("overhead", f"{found.share:.1%}{mark}", "", f"{found.cpu_share:.1%}", "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
