@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ENGINES := build/engines
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: serve test test-export engines peers lint format clean
 
