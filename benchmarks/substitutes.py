@@ -29,7 +29,7 @@ from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
 from benchmarks.step import limits_for
 from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
 from pruning.plan import parse_drop
-from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.quantised import four_bit_layers, is_on_grid, quantise, quantise_substitutes, runs_here
 from pruning.substitutes import (
     LinearSubstitute,
     SubstituteError,
@@ -37,6 +37,7 @@ from pruning.substitutes import (
     Substitutes,
     parse_substitutes,
 )
+from pruning.variants import Variants
 from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
@@ -112,14 +113,7 @@ def _turn(
     load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None, cells: list[Cell]
 ) -> tuple[dict[Cell, float], str]:
     """Return the seconds of a step in each cell, and what the substitutes take."""
-    base = passing(load)
-    variants = dropping(base.layers, parse_drop(drop, layers=base.layers, most=base.layers - 1))
-    described = ""
-    if kind is not None:
-        dropped = variants[PRUNED].dropped(base.layers)
-        maps = Substitutes({layer: _random_map(base, kind) for layer in dropped})
-        maps.attach(base, dropped)
-        described = maps.described(dropped)
+    base, variants, described = passing(lambda: _prepared(load, drop, kind))
     most = max(count for count, _ in cells)
     config = EngineConfig(limits_for(most, base.device, None))
     with running(base, variants, config) as engine:
@@ -129,6 +123,22 @@ def _turn(
             for count, tokens in cells
         }
     return found, described
+
+
+def _prepared(
+    load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None
+) -> tuple[BaseModel, Variants, str]:
+    """Load a model, put substitutes in dropped sublayers' places, and say what they take."""
+    base = load()
+    variants = dropping(base.layers, parse_drop(drop, layers=base.layers, most=base.layers - 1))
+    if kind is None:
+        return base, variants, ""
+    dropped = variants[PRUNED].dropped(base.layers)
+    maps = Substitutes({layer: _random_map(base, kind) for layer in dropped})
+    maps.attach(base, dropped)
+    if four_bit_layers(base.model):
+        quantise_substitutes(base)
+    return base, variants, maps.described(dropped)
 
 
 def _random_map(base: BaseModel, kind: SubstituteKind) -> LinearSubstitute:

@@ -8,7 +8,8 @@ to the nearest of 16 values between its group's least and greatest.
 Products of few rows are bound by reading the weights, and run on four bits; for more rows a copy in
 bfloat16 is faster. Projections of the same input (queries, keys and values; gate and up) are one
 product. Activations are bfloat16. Like projections.py, this replaces parts of a
-transformers model; it is shared by all variants, and the plan does not change.
+transformers model; it is shared by all variants, and the plan does not change. Substitutes, which
+lie on no grid, are put into eight bits with one scale an output.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from pruning.loading import BaseModel
 from pruning.projections import concatenated, same_input_projections
+from pruning.substitutes import LinearSubstitute
 
 GROUP = 32
 """Inputs that share a scale and a minimum."""
@@ -127,10 +130,7 @@ class EightBitHead(nn.Module):
         super().__init__()
         self.weight = head.weight  # tied to the embedding in many models
         self.bias = head.bias
-        exact = head.weight.detach().float()
-        scales = exact.abs().amax(1) / 127
-        levels = (exact / torch.where(scales > 0, scales, 1.0)[:, None]).round()
-        self._eight_bits = (levels.to(torch.int8), scales.bfloat16())
+        self._eight_bits = _eight_bits(head.weight)
 
     @property
     def step_bytes(self) -> int:
@@ -143,6 +143,25 @@ class EightBitHead(nn.Module):
             return functional.linear(inputs, self.weight, self.bias)
         out: Tensor = torch.ops.aten._weight_int8pack_mm(rows, *self._eight_bits)
         return out.reshape(*inputs.shape[:-1], out.shape[-1])
+
+
+class EightBitSubstitute(nn.Module):
+    """A linear substitute that reads one byte a weight for few rows."""
+
+    def __init__(self, exact: LinearSubstitute) -> None:
+        """exact is in bfloat16, on a CPU; it serves many rows."""
+        super().__init__()
+        self._exact = exact
+        parts = [exact.weight] if exact.down is None else [exact.down, exact.weight]
+        self._eight_bits = [_eight_bits(part) for part in parts]
+
+    def forward(self, normed: Tensor) -> Tensor:
+        rows = normed.reshape(-1, normed.shape[-1])
+        if not 0 < rows.shape[0] <= FEW_ROWS:
+            return self._exact(normed)  # type: ignore[no-any-return]
+        for levels, scales in self._eight_bits:
+            rows = torch.ops.aten._weight_int8pack_mm(rows, levels, scales)
+        return (rows + self._exact.bias).reshape(normed.shape)
 
 
 class _Product:
@@ -168,6 +187,28 @@ class SharedPart(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.product.of(inputs)[..., self._start : self._end]
+
+
+def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return levels [outputs, inputs] in int8 and one scale an output, in bfloat16."""
+    exact = weight.detach().float()
+    scales = exact.abs().amax(1) / 127
+    levels = (exact / torch.where(scales > 0, scales, 1.0)[:, None]).round()
+    return levels.to(torch.int8), scales.bfloat16()
+
+
+def quantise_substitutes(base: BaseModel) -> None:
+    """Put the substitutes of a model in four bits into eight, in place."""
+    for sublayer in base.sublayers:
+        exact = sublayer.substitute
+        if isinstance(exact, LinearSubstitute) and _packs(exact):
+            sublayer.substitute = EightBitSubstitute(exact)
+
+
+def _packs(substitute: LinearSubstitute) -> bool:
+    """Return whether torch's kernel takes products of such widths."""
+    parts = [substitute.weight] if substitute.down is None else [substitute.down, substitute.weight]
+    return all(size % GROUP == 0 for part in parts for size in part.shape)
 
 
 def four_bits(weight: Tensor) -> FourBits:

@@ -18,7 +18,7 @@ from pruning.calibration import SELF, Progress
 from pruning.loading import BaseModel, cache_folder, load_base_model
 from pruning.plan import Plan, parse_layers, read_with_substitutes
 from pruning.plan_cache import PlanCache, PlanRequest, Wanted
-from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.quantised import four_bit_layers, is_on_grid, quantise, quantise_substitutes, runs_here
 from pruning.substitutes import Substitutes
 from pruning.variants import FULL, Variant, Variants
 from server import __version__
@@ -77,6 +77,8 @@ def start(
     variants = make_variants(settings, planned)
     _quantise(settings, base)
     attach_substitutes(base, planned)
+    if four_bit_layers(base.model):
+        quantise_substitutes(base)
     engine = build_engine(base, variants, settings.engine(base.device), on_death)
     service = make_service(settings, base, planned, engine)
     app = create_app(

@@ -11,13 +11,16 @@ from torch import nn
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
 from pruning.quantised import (
     GROUP,
+    EightBitSubstitute,
     FourBitLinear,
     QuantisationError,
     four_bits,
     is_on_grid,
     quantise,
+    quantise_substitutes,
 )
-from tests.pruning.tiny_models import tiny_model
+from pruning.substitutes import LinearSubstitute
+from tests.pruning.tiny_models import tiny_base, tiny_model
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -84,3 +87,27 @@ def test_the_embedded_model_keeps_its_predictions(base: BaseModel) -> None:
     assert divergence < 0.01
     assert (exact.argmax(-1) == close.argmax(-1)).double().mean() > 0.95
     assert error(one.exp(), exact[:9].exp()) < 0.1
+
+
+@pytest.mark.parametrize("rows", [1, 6, 12, 13])
+@pytest.mark.parametrize("rank", [None, 64])
+def test_substitutes_in_eight_bits_are_close_to_exact_ones(rows: int, rank: int | None) -> None:
+    bias = torch.randn(96)
+    exact = LinearSubstitute(torch.randn(96, rank or 96), bias, rank and torch.randn(rank, 96))
+    normed = torch.randn(1, rows, 96)
+    expected = exact(normed)
+    got = EightBitSubstitute(exact.to(torch.bfloat16))(normed.bfloat16())
+    assert got.shape == expected.shape
+    assert error(got, expected) < 0.02
+
+
+def test_a_models_substitutes_are_put_into_eight_bits() -> None:
+    base = tiny_base()
+    width = base.model.config.hidden_size
+    odd = LinearSubstitute(torch.ones(width, 7), torch.zeros(width), torch.ones(7, width))
+    whole = LinearSubstitute(torch.eye(width), torch.zeros(width))
+    base.sublayers[1].substitute, base.sublayers[2].substitute = whole, odd
+    quantise_substitutes(base)
+    assert base.sublayers[0].substitute is None
+    assert isinstance(base.sublayers[1].substitute, EightBitSubstitute)
+    assert base.sublayers[2].substitute is odd  # torch's kernel wants multiples of 32
