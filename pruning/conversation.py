@@ -26,12 +26,15 @@ from pruning.calibration import (
     rendered,
     silent,
 )
+from pruning.families import kv_shape
 from pruning.loading import BaseModel
 from pruning.sublayers import rows_kept
 from pruning.targets import NO_SUBLAYERS, Sublayers
 
 _TOGETHER = {"cpu": 8, "cuda": 128}
-"""Answers that are written at one time."""
+"""Answers that are written at one time at most, ..."""
+_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""... and what keys and values may take; up to three times as much for moments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,6 +129,15 @@ def greedy(
     return _answered(base, prompts, most, choose, dropped, partial(progress, what))
 
 
+def rows_in_cache(base: BaseModel, length: int) -> int:
+    """Return how many sequences of a length can be written together, at least 1: their keys and
+    values have to find room."""
+    shape = kv_shape(base.model.config.get_text_config())
+    token = shape.layers * shape.bytes_per_token(base.model.dtype.itemsize)
+    room = _CACHE_BYTES.get(base.device.type, _CACHE_BYTES["cpu"])
+    return max(1, room // (token * length))
+
+
 _Choose = Callable[[Tensor, Sequence[int]], Tensor]
 """Logits [rows, vocabulary] and which prompts the rows are of, to tokens [rows, 1] on the CPU."""
 
@@ -140,7 +152,9 @@ def _answered(
 ) -> list[Conversation]:
     """Answer prompts of like length together."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    together = _TOGETHER.get(base.device.type, _TOGETHER["cpu"])
+    longest = max(map(len, prompts), default=0) + most
+    usual = _TOGETHER.get(base.device.type, _TOGETHER["cpu"])
+    together = min(usual, rows_in_cache(base, longest))
     answers: dict[int, list[int]] = {}
     for first in range(0, len(order), together):
         rows = order[first : first + together]

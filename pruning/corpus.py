@@ -32,8 +32,14 @@ from pruning.calibration import (
     silent,
     whole_file,
 )
-from pruning.conversation import Conversation, chat_prompts, prompts_in, sampled
-from pruning.families import context_limit, kv_shape
+from pruning.conversation import (
+    Conversation,
+    chat_prompts,
+    prompts_in,
+    rows_in_cache,
+    sampled,
+)
+from pruning.families import context_limit
 from pruning.files import write_atomically
 from pruning.loading import BaseModel
 from pruning.plan import digest, dtype_name
@@ -45,9 +51,7 @@ _HELD_OUT = 8
 _MOST_HELD_OUT = 16
 """... and no more than that."""
 _TOGETHER = {"cpu": 32, "cuda": 256}
-"""Sequences that the model writes together at most, ..."""
-_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
-"""... and what their keys and values may take; up to three times as much for moments."""
+"""Sequences that the model writes together at most, if there is room for their keys and values."""
 _APART = int.from_bytes(b"heal")
 """Keeps a seed's text apart from the calibration text that plans are made with."""
 
@@ -196,7 +200,8 @@ class _Maker:
         self._request = request
         self._folder = folder
         self._progress = progress
-        self._together = _together(base, request.length)
+        most = _TOGETHER.get(base.device.type, _TOGETHER["cpu"])
+        self._together = min(most, rows_in_cache(base, request.length))
         self._seed = request.seed ^ _APART
 
     def written(self) -> Rows:
@@ -277,14 +282,6 @@ class _Maker:
         except OSError as error:
             raise CalibrationError(f"cannot write {path}: {error.strerror}") from error
         return rows
-
-
-def _together(base: BaseModel, length: int) -> int:
-    """Return how many sequences of a length are written together."""
-    kind = base.device.type if base.device.type in _TOGETHER else "cpu"
-    shape = kv_shape(base.model.config.get_text_config())
-    token = shape.layers * shape.bytes_per_token(base.model.dtype.itemsize)
-    return max(1, min(_TOGETHER[kind], _CACHE_BYTES[kind] // (token * length)))
 
 
 def _whole(token_ids: Tensor) -> Rows:

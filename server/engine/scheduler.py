@@ -22,7 +22,7 @@ fraction of a microsecond each; see benchmarks/scheduler.py.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -227,28 +227,27 @@ class Scheduler:
         Those of other chains that are older keep their claim to a place and to pages, so that a
         large request is not overtaken by small ones for ever.
         """
-        claimed = 0
-        for request in self._oldest_waiting(self.limits.running - len(self._running)):
+        claimed, admitted = 0, []
+        for request in islice(self._waiting, max(0, self.limits.running - len(self._running))):
             if self._chain_of[request.variant] != chain:
                 claimed += self._pages_of(request)
                 continue
             if not self._budget:
-                return
+                break
             beginning = self._prefixes.lookup(request)
             remaining = request.num_tokens - beginning.tokens
             count = self._share(request, remaining)
             if count == 0 or not self._fits(request, beginning, claimed):
-                return
-            del self._waiting[request]
+                break
+            admitted.append(request)
             self._running[request] = None
             self._waiting_of[request.variant] -= 1
             self._running_of[request.variant] += 1
             self._prefixes.admit(request, beginning)
             self._grow(request, beginning.tokens + count)
             self._put_in_step(request, count, remaining)
-
-    def _oldest_waiting(self, count: int) -> Iterable[Request]:
-        return tuple(islice(self._waiting, max(0, count))) if self._waiting else ()
+        for request in admitted:
+            del self._waiting[request]
 
     def _share(self, request: Request, remaining: int) -> int:
         """Return how many of the remaining tokens this step's budgets leave for the request."""
