@@ -5,8 +5,10 @@
     python -m benchmarks.quality --data FOLDER --quick                    # a CPU, to the terminal
 
 Makes plans by cosine, by greedy and by greedy with linear substitutes, all from one mixture of
-calibration text, times that, and evaluates them and any given plans at the same depths. No part of
-what they are judged on chose or fitted anything. What `--results` holds of an earlier run that
+calibration text, times that, and evaluates them at the same depths, and any given plans too (healed
+ones at the depth they are for). WikiText is cut in two: the last two fifths judge, and the first
+three are written to the results folder as `wikitext_fit.txt`, for healing. No part of what plans
+are judged on chose or fitted anything. What `--results` holds of an earlier run that
 answers the same question is not measured again. FOLDER holds `calibration/`, `eval/` and `chat/`
 (docs/quality.md names the files). The page's figures stand between two markers; what is around
 them stays. The evidence is also what `attndrop report` shows.
@@ -15,6 +17,7 @@ them stays. The evidence is also what `attndrop report` shows.
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +53,9 @@ _CHECKS = ("lm_eval", "langdetect", "immutabledict", "nltk")
 """What IFEval's checks need; without one of them, the page says that they were not made."""
 QUESTIONS = ("arc_easy_val", "piqa_valid", "hellaswag_val_1000", "openbookqa_val", "winogrande_val")
 
+_FIT = 0.6
+"""The share of WikiText that may be trained on."""
+
 STRATEGIES = (
     ("cosine", DEFAULT_STRATEGY, "none"),
     ("greedy", GREEDY, "none"),
@@ -77,7 +83,7 @@ FULL = Size(
         length=1024,
         prompts=80,
         answer=256,
-        items=500,
+        items=2000,
         instructions=128,
         instructed_answer=384,
     ),
@@ -146,12 +152,32 @@ def main(
         subjects += [_given(path, base) for path in plan or ()]
         if not subjects:
             raise EvidenceError("--given-only needs a --plan to judge")
-        judged = [judge(base, each, data, size, depths, kept, progress) for each in subjects]
-    text = figures(judged, machine(base), command(quick, plan or ()))
+        text = judging_text(data / TEXT, results)
+        judged = [judge(base, each, data, text, size, depths, kept, progress) for each in subjects]
+    page = figures(judged, machine(base), command(quick, plan or ()))
     if out is None:
-        typer.echo(text)
+        typer.echo(page)
     else:
-        write_atomically(out, with_figures(out, text).encode())
+        write_atomically(out, with_figures(out, page).encode())
+
+
+def judging_text(path: Path, results: Path) -> Path:
+    """Cut a text at the first heading (` = Title = `) after three fifths of its lines. Return the
+    file that holds the end; the beginning is written beside it, as `wikitext_fit.txt`.
+
+    Raises:
+        EvidenceError: the text is not readable.
+    """
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvidenceError(f"cannot read {path}: {error}") from error
+    cut = int(_FIT * len(lines))
+    headings = (at for at in range(cut, len(lines)) if re.fullmatch(r" = [^=]+ = \n", lines[at]))
+    cut = next(headings, cut)
+    for name, part in (("wikitext_fit.txt", lines[:cut]), ("wikitext_judge.txt", lines[cut:])):
+        write_atomically(results / name, "".join(part).encode())
+    return results / "wikitext_judge.txt"
 
 
 def made(
@@ -182,6 +208,7 @@ def judge(
     base: BaseModel,
     subject: Subject,
     data: Path,
+    text: Path,
     size: Size,
     depths: Sequence[int],
     results: Results,
@@ -189,10 +216,12 @@ def judge(
 ) -> Measured:
     """Return a plan's evidence."""
     plan, maps = subject.plan, subject.substitutes
+    if plan.substitutes is not None and plan.substitutes.healed is not None:
+        depths = (plan.substitutes.healed.drop,)
     if (found := results.evidence(subject.name, plan, base, size.amount, depths)) is None:
         start = time.perf_counter()
         evaluator = Evaluator(base, plan, maps, depths, size.amount, progress)
-        _measure(evaluator, data, size)
+        _measure(evaluator, data, text, size)
         found = evaluator.result(), time.perf_counter() - start
         results.keep_evidence(subject.name, *found)
     sizes = {
@@ -201,12 +230,12 @@ def judge(
     return Measured(subject.name, plan, found[0], sizes, subject.seconds, found[1])
 
 
-def _measure(evaluator: Evaluator, data: Path, size: Size) -> None:
-    evaluator.text(str(data / TEXT))
+def _measure(evaluator: Evaluator, data: Path, text: Path, size: Size) -> None:
+    evaluator.text(str(text))
     evaluator.conversation(str(data / CONVERSATION))
     for name in QUESTIONS:
         evaluator.multiple_choice(data / "eval" / f"{name}.jsonl")
-    evaluator.needle(str(data / TEXT), size.lengths, size.places)
+    evaluator.needle(str(text), size.lengths, size.places)
     if all(find_spec(name) for name in _CHECKS):
         evaluator.instructions(data / INSTRUCTIONS)
 

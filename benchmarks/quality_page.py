@@ -122,16 +122,17 @@ def _depths(plan: Measured) -> list[int]:
 
 
 def _overview(plans: Sequence[Measured]) -> str:
-    full = plans[0]
+    depths = sorted({depth for plan in plans for depth in _depths(plan)})
     return _table(
         "At a glance: perplexity / KL / agreement / multiple choice, on WikiText",
-        [f"dropped of {full.found.layers}", *(plan.name for plan in plans)],
-        [[str(depth), *(_cell(plan, depth) for plan in plans)] for depth in _depths(full)],
+        [f"dropped of {plans[0].found.layers}", *(plan.name for plan in plans)],
+        [[str(depth), *(_cell(plan, depth) for plan in plans)] for depth in depths],
     )
 
 
 def _cell(plan: Measured, depth: int) -> str:
-    row = plan.rows("text")[depth]
+    if (row := plan.rows("text").get(depth)) is None:
+        return ""
     average, _ = average_choices(plan.choices(depth))
     return f"{row.perplexity:.1f} / {row.kl:.2f} / {row.agreement:.3f} / {average:.3f}"
 

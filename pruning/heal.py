@@ -190,9 +190,10 @@ class Healer:
         rows = _some(task.training, _TOKENS_A_DIMENSION * width)
         inputs = input_statistics(self._base, rows, start, self._progress)
         training = task.request.training
+        compiled = self._base.device.type == "cuda"
         return Distillation(
             self._base,
-            task.twin,
+            Twin(self._base, task.layers, compiled=compiled),
             {layer: Trainee(each, inputs[layer]) for layer, each in start.items()},
             Batches(task.training, training.batch, training.seed),
             task.held_out,

@@ -171,6 +171,10 @@ class WrappedLayer(nn.Module):
         )
         return self.mlp.of_prefix(hidden, mlp_rows[index])
 
+    def causal(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Return what leaves the layer when all rows attend, causally."""
+        return self.mlp(self.without_mlp(hidden, position_embeddings))  # type: ignore[no-any-return]
+
     def without_attention(self, hidden: Tensor, substitute: Substitute | None) -> Tensor:
         """Return what leaves the layer when no row attends, [batch, rows, width]."""
         return self.mlp(self.attention.replaced(hidden, substitute))  # type: ignore[no-any-return]
@@ -182,7 +186,7 @@ class WrappedLayer(nn.Module):
             hidden.shape[1],
             position_embeddings=position_embeddings,
             attend=CausalAttention(),
-            layer=self.attention.index,
+            layer=0,  # which one does not matter to it, and would to a compiled function
         )
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -253,6 +257,24 @@ def watching_layers(model: PreTrainedModel, note: LayerNote) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def computing_layers(
+    model: PreTrainedModel, causal: Callable[[WrappedLayer, Tensor, tuple[Tensor, Tensor]], Tensor]
+) -> Iterator[None]:
+    """Let another function compute `WrappedLayer.causal` in `model`'s forward passes, as long as
+    this lasts; all rows of them attend."""
+    layers: Sequence[Any] = model.get_decoder().layers  # type: ignore[no-untyped-call]
+    for each in layers:
+        each._compute = lambda hidden, _rows, _index, embeddings, _attend, layer=each: causal(
+            layer, hidden, embeddings
+        )
+    try:
+        yield
+    finally:
+        for each in layers:
+            del each._compute
 
 
 class KeptRows(TypedDict):

@@ -13,6 +13,7 @@ come from.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pruning.loading import BaseModel
-from pruning.sublayers import Substitute, WrappedLayer, watching_layers
+from pruning.sublayers import Substitute, WrappedLayer, computing_layers, watching_layers
 
 Replacements = Mapping[int, Substitute | None]
 """All dropped layers, each with what stands in its place."""
@@ -41,9 +42,21 @@ class FullPass:
 class Twin:
     """A base model that runs in full, and from the first dropped layer on with substitutes."""
 
-    def __init__(self, base: BaseModel, dropped: Collection[int]) -> None:
-        """dropped holds at least one layer."""
+    def __init__(
+        self, base: BaseModel, dropped: Collection[int], *, compiled: bool = False
+    ) -> None:
+        """Make one.
+
+        Args:
+            dropped: at least one layer.
+            compiled: compute layers by functions compiled for the shape of what they are given,
+                which pays where that is always the same: in training on a GPU.
+        """
         self.dropped = tuple(sorted(dropped))
+        self._whole = torch.compile(WrappedLayer.causal, dynamic=False) if compiled else None
+        self._without = WrappedLayer.without_attention
+        if compiled:
+            self._without = torch.compile(self._without, dynamic=False)
         self._model = base.model
         self._decoder: Any = base.model.get_decoder()  # type: ignore[no-untyped-call]
         self._layers: Sequence[WrappedLayer] = self._decoder.layers
@@ -65,15 +78,16 @@ class Twin:
             if index == self.first:
                 entering.append(hidden)
 
-        with watching_layers(self._model, note):
+        with self._computing(), watching_layers(self._model, note):
             last = self._decoder(token_ids).last_hidden_state
         return FullPass(entering[0], embeddings, last)
 
     def pruned(self, full: FullPass, replacements: Replacements) -> Tensor:
         """Return what the pruned model's head sees, [samples, length, width]."""
         hidden = full.entering
-        for index in range(self.first, len(self._layers)):
-            hidden = self.leaving(index, hidden, full.embeddings[index], replacements)
+        with self._computing():
+            for index in range(self.first, len(self._layers)):
+                hidden = self.leaving(index, hidden, full.embeddings[index], replacements)
         return self._norm(hidden)  # type: ignore[no-any-return]
 
     def leaving(
@@ -87,4 +101,8 @@ class Twin:
         layer = self._layers[index]
         if index not in replacements:
             return layer(hidden, position_embeddings=embeddings)  # type: ignore[no-any-return]
-        return layer.without_attention(hidden, replacements[index])
+        return self._without(layer, hidden, replacements[index])
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """Let layers compute by the compiled function, if there is one."""
+        return nullcontext() if self._whole is None else computing_layers(self._model, self._whole)

@@ -9,7 +9,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.quality import CALIBRATION, CONVERSATION, INSTRUCTIONS, QUESTIONS, TEXT, main
+from benchmarks.quality import (
+    CALIBRATION,
+    CONVERSATION,
+    INSTRUCTIONS,
+    QUESTIONS,
+    TEXT,
+    judging_text,
+    main,
+)
 from benchmarks.quality_page import BEGIN, END
 from pruning.evidence import read_evidence
 from pruning.plan import read_with_substitutes
@@ -32,7 +40,7 @@ def data(tmp_path_factory) -> Path:
         (folder / name).mkdir()
     chat = json.dumps({"messages": [{"role": "user", "content": SENTENCE * 10}]}) + "\n"
     for name in (*CALIBRATION, TEXT):
-        (folder / name).write_text(chat if name.endswith("jsonl") else SENTENCE * 20)
+        (folder / name).write_text(chat if name.endswith("jsonl") else SENTENCE * 50)
     (folder / CONVERSATION).write_text('{"turns": ["who?"]}\n{"turns": ["why?"]}\n')
     instructed = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     (folder / INSTRUCTIONS).write_text(json.dumps({"prompt": "Say it.", **instructed}) + "\n")
@@ -69,6 +77,21 @@ def test_the_pages_figures_are_replaced_and_the_rest_stays(data):
     assert f"| {parameters:,} / " in text
     row = next(row for row in found.figures if (row.domain, row.dropped) == ("text", 4))
     assert f" {row.perplexity:.1f} / {row.kl:.2f} / {row.agreement:.3f} / " in text
+
+
+def test_text_is_cut_at_a_heading_and_nothing_is_lost(tmp_path):
+    lines = [
+        " = One = \n",
+        *["text \n"] * 4,
+        " = = Part = = \n",
+        "text \n",
+        " = Two = \n",
+        "end \n",
+    ]
+    (tmp_path / "whole.txt").write_text("".join(lines))
+    judge = judging_text(tmp_path / "whole.txt", tmp_path)
+    assert judge.read_text() == " = Two = \nend \n"
+    assert (tmp_path / "wikitext_fit.txt").read_text() + judge.read_text() == "".join(lines)
 
 
 def test_what_was_measured_before_is_not_measured_again(data):

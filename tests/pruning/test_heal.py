@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,28 @@ class TestGradient:
         for layer, (weight, bias) in gradients.items():
             torch.testing.assert_close(maps[layer].weight.grad, weight, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(maps[layer].bias.grad, bias, rtol=1e-3, atol=1e-5)
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("family", ["llama", "gemma2"])
+    def test_compiled_layers_give_the_same_values_and_gradients(self, family, monkeypatch):
+        compile_ = torch.compile  # traced and differentiated as on a GPU; run by torch's operators
+        monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
+        base, table = tiny_base(family, layers=LAYERS), rows(4, 1).token_ids
+        found = []
+        for compiled in (False, True):
+            maps = random_maps(base)
+            for each in maps.values():
+                each.requires_grad_(True)
+            twin = Twin(base, DROPPED, compiled=compiled)
+            full = twin.full(table)
+            pruned = twin.pruned(full, maps)
+            pruned.square().sum().backward()
+            gradients = [each.weight.grad for each in maps.values()]
+            found.append([full.last, full.entering, pruned, *gradients])
+        assert "_compute" not in vars(base.model.get_decoder().layers[0])
+        for plain, fast in zip(*found, strict=True):
+            torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
 class TestDistillation:
