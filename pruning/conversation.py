@@ -31,6 +31,8 @@ from pruning.loading import BaseModel
 from pruning.sublayers import rows_kept
 from pruning.targets import NO_SUBLAYERS, Sublayers
 
+_MESSAGE = "attndrop"
+"""Stands for what a user says, to find out where that begins."""
 _TOGETHER = {"cpu": 8, "cuda": 128}
 """Answers that are written at one time at most, ..."""
 _CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -88,6 +90,32 @@ def prompt_tokens(base: BaseModel, messages: list[dict[str, Any]]) -> Tensor:
 def chat_prompts(path: str, base: BaseModel, count: int) -> list[Tensor]:
     """Return the tokens of `count` prompts of a file: both of the above."""
     return [prompt_tokens(base, messages) for messages in chat_messages(Path(path), count)]
+
+
+def written_prompts(
+    base: BaseModel, count: int, most: int, seed: int, progress: Progress = silent
+) -> list[Tensor]:
+    """Return the tokens of prompts that the model itself writes, up to where an answer begins.
+
+    A chat model that is given its template up to where a user speaks goes on as a user would (Xu et
+    al., arXiv 2406.08464). Messages of no words are left out, so there may be fewer than `count`.
+
+    Args:
+        most: tokens of a message at most.
+
+    Raises:
+        CalibrationError: there is no template, or it does not show a message as it is.
+    """
+    opening, found, _ = rendered([{"role": "user", "content": _MESSAGE}], base.tokenizer).partition(
+        _MESSAGE
+    )
+    if not found:
+        raise CalibrationError(f"the chat template of {base.name} does not show what a user says")
+    start = torch.tensor(base.tokenizer.encode(opening, add_special_tokens=False))
+    seeds = range(seed, seed + count)
+    turns = sampled(base, [start] * count, most, seeds, progress=progress, what="writing prompts")
+    texts = (str(base.tokenizer.decode(t.answer, skip_special_tokens=True)).strip() for t in turns)
+    return [prompt_tokens(base, [{"role": "user", "content": text}]) for text in texts if text]
 
 
 def sampled(

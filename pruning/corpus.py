@@ -3,6 +3,7 @@
     self                text that the full model writes from nothing
     a text file         all of it, in windows
     a file of prompts   conversations: the full model writes the answers, which alone are predicted
+    prompts of its own  the same, and the model writes the prompts as well
 
 Nothing in the held-out rows is trained on: one in eight of each source, at an even stride, and at
 most 16. What the model writes takes long, so it is kept in a folder under the name of all that it
@@ -38,6 +39,7 @@ from pruning.conversation import (
     prompts_in,
     rows_in_cache,
     sampled,
+    written_prompts,
 )
 from pruning.families import context_limit
 from pruning.files import write_atomically
@@ -46,6 +48,8 @@ from pruning.plan import digest, dtype_name
 
 logger = logging.getLogger(__name__)
 
+SELF_CHAT = "self-chat"
+"""The source of conversations that the model writes both sides of."""
 _HELD_OUT = 8
 """One in so many rows of each source is held out, ..."""
 _MOST_HELD_OUT = 16
@@ -133,9 +137,10 @@ class CorpusRequest:
     """Tokens that the model writes from nothing; 0 for none."""
     texts: tuple[str, ...]
     prompts: tuple[str, ...]
-    """Files of chat prompts."""
+    """Files of chat prompts; `self` for prompts that the model writes."""
     answers: int
-    """How many prompts of each file are answered, at an even stride, at most."""
+    """How many prompts of each file are answered, at an even stride, at most; and how many the
+    model writes."""
     length: int
     """Tokens of a row; an answer has at most half of them."""
     seed: int
@@ -167,9 +172,9 @@ def make_corpus(
         raise CalibrationError(f"each file can be given once, not {names}")
     found = [] if not request.written else [_split(SELF, SELF, maker.written())]
     found += [_split(path, calibration_source(path), maker.text(path)) for path in request.texts]
-    found += [
-        _split(path, calibration_source(path), maker.answers(path)) for path in request.prompts
-    ]
+    for path in request.prompts:
+        source = SELF_CHAT if path == SELF else calibration_source(path)
+        found.append(_split(SELF_CHAT if path == SELF else path, source, maker.answers(path)))
     if not found:
         raise CalibrationError("name something to train on: --written, --text or --prompts")
     return tuple(found)
@@ -217,7 +222,8 @@ class _Maker:
         return _whole(whole_file(path, self._base, self._request.length))
 
     def answers(self, path: str) -> Rows:
-        question = {"prompts": calibration_source(path), "answers": self._request.answers}
+        source = SELF_CHAT if path == SELF else calibration_source(path)
+        question = {"prompts": source, "answers": self._request.answers}
         return self._kept(question, lambda: self._answer(path))
 
     def _write(self, samples: int) -> Rows:
@@ -234,7 +240,7 @@ class _Maker:
     def _answer(self, path: str) -> Rows:
         """Let the full model answer prompts that leave half of a row for it."""
         most = self._request.length // 2
-        prompts = chat_prompts(path, self._base, min(prompts_in(path), self._request.answers))
+        prompts = self._prompts(path, most)
         fitting = sorted((p for p in prompts if len(p) <= self._request.length - most), key=len)
         if len(fitting) < len(prompts):
             logger.warning(
@@ -247,6 +253,16 @@ class _Maker:
             )
         seeds = range(self._seed, self._seed + len(fitting))
         return self._rows(sampled(self._base, fitting, most, seeds, progress=self._progress))
+
+    def _prompts(self, path: str, most: int) -> list[Tensor]:
+        """Return prompts' tokens; the model's own have about an eighth of a row at most."""
+        if path != SELF:
+            count = min(prompts_in(path), self._request.answers)
+            return chat_prompts(path, self._base, count)
+        seed = self._seed + self._request.answers  # answers have those before it
+        return written_prompts(
+            self._base, self._request.answers, most // 4, seed, progress=self._progress
+        )
 
     def _rows(self, conversations: Sequence[Conversation]) -> Rows:
         filler = int(next(iter(sorted(self._base.end_tokens)), 0))

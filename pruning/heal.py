@@ -19,7 +19,7 @@ from pruning.batches import Batches
 from pruning.calibration import SELF, CalibrationSet, Progress, silent
 from pruning.checkpoint import Checkpoint
 from pruning.coordinates import Trainee
-from pruning.corpus import CorpusRequest, Rows, Source, make_corpus
+from pruning.corpus import SELF_CHAT, CorpusRequest, Rows, Source, make_corpus
 from pruning.distil import Distillation, Distilled, HealError, Training, check_dtype
 from pruning.divergence import Baseline, Quality
 from pruning.fitting import fit_in_order, input_statistics
@@ -350,7 +350,7 @@ def _untouched(judging: CalibrationSet | None, sources: Sequence[Source]) -> tor
             "what its drop costs on them; `attndrop plan` on this machine puts them there"
         )
         return None
-    files = {each.source for each in sources} - {SELF}
+    files = {each.source for each in sources} - {SELF, SELF_CHAT}
     if shared := sorted(files.intersection(judging.sources)):
         logger.warning(
             "the plan was measured on %s, which was trained on now, so it will not say what its "

@@ -86,7 +86,8 @@ def heal_command(
         list[str] | None,
         typer.Option(
             help="A JSON-lines file of chat prompts (messages, prompt or turns), which the full "
-            "model answers, to train on the answers. Repeatable."
+            "model answers, to train on the answers; or self, for prompts that it writes too. "
+            "Repeatable."
         ),
     ] = None,
     written: Annotated[

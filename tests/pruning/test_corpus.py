@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,32 @@ def test_answers_alone_are_predicted_and_padding_is_nothing(files, caplog):
         assert places.tolist() == list(range(start - 1, end - 1))
         real = (rows.real >= row * LENGTH) & (rows.real < (row + 1) * LENGTH)
         assert int(real.sum()) == end
+
+
+def test_it_writes_both_sides_of_a_conversation(files):
+    asked = replace(request(files, answers=12), prompts=("self",), length=128)
+    (chat,) = make_corpus(BASE, asked, files / "kept")
+    assert (chat.name, chat.source) == ("self-chat", "self-chat")
+    rows = chat.training
+    prompts = {
+        tuple(rows.token_ids[row, : int(rows.starts[row])].tolist()) for row in range(len(rows))
+    }
+    assert len(prompts) > 1
+    for prompt in prompts:
+        opening, end = ids("user: "), ids("\n")
+        assert list(prompt[: len(opening)]) == opening
+        assert list(prompt[-1:]) == end
+        assert len(prompt) > len(opening + end)
+        assert len(prompt) <= 64
+    assert bool((rows.ends > rows.starts).all())
+
+
+def test_a_template_that_hides_what_users_say_is_refused(files):
+    base = tiny_base()
+    base.tokenizer.chat_template = "{{ messages[0]['role'] }}"
+    asked = replace(request(files), prompts=("self",))
+    with pytest.raises(CalibrationError, match="does not show what a user says"):
+        make_corpus(base, asked, files / "kept")
 
 
 def test_fewer_prompts_are_answered_where_that_is_asked(files):
