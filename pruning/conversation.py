@@ -33,7 +33,7 @@ from pruning.targets import NO_SUBLAYERS, Sublayers
 
 _MESSAGE = "attndrop"
 """Stands for what a user says, to find out where that begins."""
-_TOGETHER = {"cpu": 8, "cuda": 128}
+_TOGETHER = {"cpu": 8, "cuda": 256}
 """Answers that are written at one time at most, ..."""
 _CACHE_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 """... and what keys and values may take; up to three times as much for moments."""
