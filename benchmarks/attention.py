@@ -8,6 +8,8 @@ earlier chunks, against the matrix rate; whole ones also against torch's own ker
 keys and values side by side. FlashInfer's kernels run on the same pages where it is installed (it
 compiles them at first use, which is not counted; what it plans on the host each step is shown).
 
+With --kv-cache-dtype fp8, pages hold eight bits, and FlashInfer does not run.
+
 Kernels run in a CUDA graph, over as many layers as do not fit the device's cache together.
 """
 
@@ -35,6 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.inprocess import machine
 from benchmarks.roofline import Ceilings, copies_beyond_cache, graph_seconds, measure_ceilings
+from server.engine.assembly import KvCacheDtype, kv_dtype
 from server.engine.attention import kernels
 from server.engine.attention.paged import choose_splits, multiprocessors
 
@@ -113,6 +116,7 @@ def main(
     chunks: Annotated[
         str, typer.Option(help="Prompts x tokens, + tokens that are in pages already.")
     ] = "1x2048,4x512,1x2048+2048",
+    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option(help="As of the server.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure attention kernels."""
@@ -123,14 +127,18 @@ def main(
     shapes = [Heads(*map(int, part.split("/"))) for part in heads.split(",")]
     batches = [int(part) for part in batch.split(",") if part]
     parts = [_chunk_sizes(part) for part in chunks.split(",") if part]
-    decode = [_decode(shape, count, context, ceilings) for shape in shapes for count in batches]
-    whole = [_chunk(shape, *sizes, ceilings) for shape in shapes for sizes in parts]
+    dtype = kv_dtype(kv_cache_dtype, torch.bfloat16)
+    decode = [
+        _decode(shape, count, context, dtype, ceilings) for shape in shapes for count in batches
+    ]
+    whole = [_chunk(shape, *sizes, dtype, ceilings) for shape in shapes for sizes in parts]
     console = Console(width=160)
     console.print(_decode_table(decode))
     console.print(_chunk_table(whole))
     if output is not None:
         body = {
             "machine": machine(device),
+            "kv_cache_dtype": kv_cache_dtype,
             "ceilings": asdict(ceilings),
             "decode": [asdict(row) for row in decode],
             "chunks": [asdict(row) for row in whole],
@@ -145,14 +153,16 @@ def _chunk_sizes(text: str) -> tuple[int, int, int]:
     return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
-def _decode(heads: Heads, batch: int, context: int, ceilings: Ceilings) -> DecodeRow:
-    pages = _pages(heads, batch, context)
+def _decode(
+    heads: Heads, batch: int, context: int, dtype: torch.dtype, ceilings: Ceilings
+) -> DecodeRow:
+    pages = _pages(heads, batch, context, dtype)
     query = torch.randn(batch, heads.query, _DIM, dtype=torch.bfloat16, device="cuda")
     tiling = kernels.decode_tiling(heads.query, heads.kv, _DIM)
     held = tiling.resident * multiprocessors(query.device)
     chosen = choose_splits(batch * heads.kv, held, context)
     by_splits = {splits: _time(_ours(query, pages, splits), pages) for splits in _SPLITS}
-    moved = 2 * batch * context * heads.kv * _DIM * 2
+    moved = 2 * batch * context * heads.kv * _DIM * dtype.itemsize
     theirs = _flashinfer_decode(query, heads, pages)
     return DecodeRow(
         heads=str(heads),
@@ -185,8 +195,10 @@ def _ours(query: Tensor, pages: Pages, splits: int) -> Callable[[int], None]:
     return attend
 
 
-def _chunk(heads: Heads, prompts: int, tokens: int, before: int, ceilings: Ceilings) -> ChunkRow:
-    pages = _pages(heads, prompts, before + tokens)
+def _chunk(
+    heads: Heads, prompts: int, tokens: int, before: int, dtype: torch.dtype, ceilings: Ceilings
+) -> ChunkRow:
+    pages = _pages(heads, prompts, before + tokens, dtype)
     rows = prompts * tokens
     query, key, value = (
         torch.randn(rows, count, _DIM, dtype=torch.bfloat16, device="cuda")
@@ -222,14 +234,14 @@ def _chunk(heads: Heads, prompts: int, tokens: int, before: int, ceilings: Ceili
     )
 
 
-def _pages(heads: Heads, sequences: int, context: int) -> Pages:
+def _pages(heads: Heads, sequences: int, context: int, dtype: torch.dtype) -> Pages:
     """Return random pages in random order."""
     each = -(-context // _PAGE)
-    layer_bytes = sequences * each * _PAGE * 2 * heads.kv * _DIM * 2
+    layer_bytes = sequences * each * _PAGE * 2 * heads.kv * _DIM * dtype.itemsize
     layers = copies_beyond_cache(layer_bytes)
     pool = torch.randn(
         sequences * each, layers, 2, _PAGE, heads.kv, _DIM, dtype=torch.bfloat16, device="cuda"
-    )
+    ).to(dtype)
     order = torch.randperm(sequences * each, device="cuda").to(torch.int32)
     return Pages(pool, order.view(sequences, each), context)
 
@@ -260,7 +272,7 @@ def _torch_chunk(
 
 def _flashinfer_decode(query: Tensor, heads: Heads, pages: Pages) -> tuple[float, float] | None:
     """Return microseconds of FlashInfer's better decode kernel, and of its planning."""
-    if find_spec("flashinfer") is None:
+    if not _flashinfer_runs(pages):
         return None
 
     def plan(wrapper: Any) -> None:
@@ -274,7 +286,7 @@ def _flashinfer_decode(query: Tensor, heads: Heads, pages: Pages) -> tuple[float
 
 def _flashinfer_chunk(query: Tensor, heads: Heads, pages: Pages, tokens: int) -> float | None:
     """Return microseconds of FlashInfer's kernel for prompts, of which `tokens` are new."""
-    if find_spec("flashinfer") is None:
+    if not _flashinfer_runs(pages):
         return None
     sequences = len(pages.tables)
     starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * tokens
@@ -285,6 +297,10 @@ def _flashinfer_chunk(query: Tensor, heads: Heads, pages: Pages, tokens: int) ->
 
     make = partial(_flashinfer().BatchPrefillWithPagedKVCacheWrapper, kv_layout="NHD")
     return _planned(make, plan, query, pages)[0]
+
+
+def _flashinfer_runs(pages: Pages) -> bool:
+    return find_spec("flashinfer") is not None and pages.pool.dtype.itemsize == 2
 
 
 def _flashinfer() -> Any:

@@ -37,7 +37,7 @@ from pruning.loading import BaseModel
 from pruning.plan import parse_drop
 from pruning.variants import FULL, Variants
 from server.config import parse_bytes
-from server.engine.assembly import EngineConfig
+from server.engine.assembly import EngineConfig, KvCacheDtype, kv_dtype
 
 PRINTED: Mapping[tuple[str, int], float] = {
     ("llama-2-13b", 8): 1.13,
@@ -102,6 +102,29 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Roofline:
+    """The least times of one model on one device."""
+
+    base: BaseModel
+    kv_dtype: torch.dtype
+    ceilings: Ceilings
+
+    def seconds(self, run: Run, work: Work) -> float:
+        """Return those of a run: all prompts, then waves of steps at the mean context."""
+        requests = run.requests(work)
+        at_once = min(requests, run.in_flight)
+        prompts = Rows(requests, work.prompt, 0, run.attention_layers)
+        step = Rows(at_once, 1, work.prompt + work.generated / 2, run.attention_layers)
+        steps = (work.generated - 1) * requests / at_once
+        return self._step_seconds(prompts) + steps * self._step_seconds(step)
+
+    def _step_seconds(self, rows: Rows) -> float:
+        config, itemsize = self.base.model.config, self.base.model.dtype.itemsize
+        assert isinstance(config, LlamaConfig)
+        return floor(config, itemsize, [rows], self.kv_dtype.itemsize).seconds(self.ceilings)
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One variant's figures, beside those of `full`, the paper and the roofline."""
 
@@ -145,6 +168,7 @@ def main(
     kv_share: Annotated[
         float | None, typer.Option(help="Page pool as a share of the free device memory.")
     ] = None,
+    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option(help="As of the server.")] = "auto",
     layers: Annotated[int | None, typer.Option(help="Cut the shape to so many layers.")] = None,
     max_tokens_per_step: Annotated[
         int | None, typer.Option(help="By default what suits the device.")
@@ -164,7 +188,7 @@ def main(
         variants = dropping_each(base.layers, {f"drop{n}": n for n in counts})
         limits = limits_for(batch or _MOST_RUNNING, where, max_tokens_per_step)
         pool = _pool_bytes(parse_bytes(kv_memory), kv_share, where)
-        config = EngineConfig(limits, pool, enforce_eager=eager)
+        config = EngineConfig(limits, pool, enforce_eager=eager, kv_cache_dtype=kv_cache_dtype)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -172,13 +196,14 @@ def main(
     except DoesNotFitError as error:
         raise typer.BadParameter(str(error)) from error
     title = (
-        f"{shape} ({base.layers} layers), random weights, {weights} on "
+        f"{shape} ({base.layers} layers), random weights, {weights}, KV cache {kv_cache_dtype}, on "
         f"{machine(where)['device']}: {prompt} prompt and {generated} generated tokens a request"
     )
     _print(title, rows, ceilings, base.layers)
     if output is not None:
         body = {
-            "setting": {"title": title, "binding": binding, "pool_bytes": pool, "eager": eager},
+            "setting": {"title": title, "binding": binding, "pool_bytes": pool, "eager": eager}
+            | {"kv_cache_dtype": kv_cache_dtype},
             "machine": machine(where),
             "ceilings": asdict(ceilings),
             "rows": [asdict(row) for row in rows],
@@ -206,7 +231,8 @@ def measure(
             served = _serve(engine, variant.name, count or in_flight, in_flight, work)
             runs[variant.name] = Run(served, in_flight, len(variant.kept))
             Console(stderr=True).print(f"measured {variant.name}", style="dim")
-    return [_row(base, run, runs[FULL], work, ceilings) for run in runs.values()]
+    roofline = Roofline(base, kv_dtype(config.kv_cache_dtype, base.model.dtype), ceilings)
+    return [_row(roofline, run, runs[FULL], work) for run in runs.values()]
 
 
 def _in_flight(engine: Running, variant: str, work: Work) -> int:
@@ -233,9 +259,9 @@ def _serve(engine: Running, variant: str, requests: int, in_flight: int, work: W
     return serve(engine, variant, requests, work.prompt, work.generated, in_flight)
 
 
-def _row(base: BaseModel, run: Run, full: Run, work: Work, ceilings: Ceilings) -> Row:
-    served, least = run.served, _least_seconds(base, run, work, ceilings)
-    least_full = _least_seconds(base, full, work, ceilings)
+def _row(roofline: Roofline, run: Run, full: Run, work: Work) -> Row:
+    base, served, least = roofline.base, run.served, roofline.seconds(run, work)
+    least_full = roofline.seconds(full, work)
     dropped = base.layers - run.attention_layers
     paper_shape = base.layers == SHAPES[base.name].layers
     return Row(
@@ -254,19 +280,6 @@ def _row(base: BaseModel, run: Run, full: Run, work: Work, ceilings: Ceilings) -
         roofline_speed_up=least_full / least,
         printed=PRINTED.get((base.name, dropped)) if paper_shape and not work.binding else None,
     )
-
-
-def _least_seconds(base: BaseModel, run: Run, work: Work, ceilings: Ceilings) -> float:
-    """Return the roofline of a run: all prompts, then waves of steps at the mean context."""
-    config, itemsize = base.model.config, base.model.dtype.itemsize
-    assert isinstance(config, LlamaConfig)
-    requests = run.requests(work)
-    at_once = min(requests, run.in_flight)
-    prompts = Rows(requests, work.prompt, 0, run.attention_layers)
-    step = Rows(at_once, 1, work.prompt + work.generated / 2, run.attention_layers)
-    steps = (work.generated - 1) * requests / at_once
-    least_step = floor(config, itemsize, [step]).seconds(ceilings)
-    return floor(config, itemsize, [prompts]).seconds(ceilings) + steps * least_step
 
 
 def _work(

@@ -106,14 +106,27 @@ def parameters(config: LlamaConfig) -> Parameters:
     )
 
 
-def floor(config: LlamaConfig, element_bytes: int, work: Sequence[Rows]) -> Floor:
+def floor(
+    config: LlamaConfig,
+    element_bytes: int,
+    work: Sequence[Rows],
+    kv_element_bytes: int | None = None,
+) -> Floor:
     """Return the bytes and operations of one step, or of a prefill counted as one step."""
-    return Floor(step_bytes(config, element_bytes, work), step_operations(config, work))
+    moved = step_bytes(config, element_bytes, work, kv_element_bytes)
+    return Floor(moved, step_operations(config, work))
 
 
-def step_bytes(config: LlamaConfig, element_bytes: int, work: Sequence[Rows]) -> float:
+def step_bytes(
+    config: LlamaConfig,
+    element_bytes: int,
+    work: Sequence[Rows],
+    kv_element_bytes: int | None = None,
+) -> float:
     """Return the bytes of weights read, keys and values read, keys and values written.
 
+    An element of a weight has element_bytes, and so has one of a key or value unless
+    kv_element_bytes says else.
     A layer's attention weights count if any row attends there; layers nest, so those are as many
     as the rows that keep the most attend in. Of the embedding only the rows' own entries count.
     """
@@ -128,7 +141,9 @@ def step_bytes(config: LlamaConfig, element_bytes: int, work: Sequence[Rows]) ->
     kv_tokens = sum(
         rows.sequences * rows.attention_layers * (rows.context + rows.tokens) for rows in work
     )
-    return weights * element_bytes + kv_tokens * shape.bytes_per_token(element_bytes)
+    return weights * element_bytes + kv_tokens * shape.bytes_per_token(
+        kv_element_bytes or element_bytes
+    )
 
 
 def step_operations(config: LlamaConfig, work: Sequence[Rows]) -> float:

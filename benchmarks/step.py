@@ -47,7 +47,7 @@ from pruning.loading import BaseModel
 from pruning.plan import parse_drop
 from pruning.variants import FULL, Variants
 from server.config import parse_bytes
-from server.engine.assembly import EngineConfig, default_limits
+from server.engine.assembly import EngineConfig, KvCacheDtype, default_limits, kv_dtype
 from server.engine.scheduler import Limits
 
 MIXED = "mixed 50:50"
@@ -182,6 +182,7 @@ class Roofline:
     base: BaseModel
     variants: Variants
     ceilings: Ceilings
+    kv_element_bytes: int
 
     def decode(self, cell: Cell, run: Decoded) -> Floor:
         return self._floor(cell, 1, run.contexts)
@@ -196,7 +197,7 @@ class Roofline:
         ]
         config = self.base.model.config
         assert isinstance(config, LlamaConfig)
-        return floor(config, self.base.model.dtype.itemsize, work)
+        return floor(config, self.base.model.dtype.itemsize, work, self.kv_element_bytes)
 
 
 def main(
@@ -214,6 +215,7 @@ def main(
         int | None, typer.Option(help="By default what suits the device.")
     ] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Page pool, such as 40GiB.")] = None,
+    kv_cache_dtype: Annotated[KvCacheDtype, typer.Option(help="As of the server.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="Without CUDA graphs.")] = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -236,7 +238,9 @@ def main(
             load=Load(*_parts(_LOAD, load)) if peers else None,
         )
         limits = limits_for(sweep.most_requests, where, max_tokens_per_step)
-        config = EngineConfig(limits, parse_bytes(kv_memory), enforce_eager=eager)
+        config = EngineConfig(
+            limits, parse_bytes(kv_memory), enforce_eager=eager, kv_cache_dtype=kv_cache_dtype
+        )
         ceilings = measure_ceilings(where, weights)
         base = random_base(shape, weights, where, layers)
         variants = dropping(base.layers, parse_drop(drop, layers=base.layers, most=base.layers - 1))
@@ -246,8 +250,8 @@ def main(
     depth = f"{base.layers} layers, {len(variants[PRUNED].dropped(base.layers))} dropped by pruned"
     del base
     title = (
-        f"{shape} ({depth}), random weights, {weights} on {machine(where)['device']}, at most "
-        f"{limits.tokens_per_step} tokens a step"
+        f"{shape} ({depth}), random weights, {weights}, KV cache {kv_cache_dtype}, on "
+        f"{machine(where)['device']}, at most {limits.tokens_per_step} tokens a step"
     )
     _print(title, report, ceilings)
     others = _peers(Weights(shape, where, weights, layers), sweep.load, peer_seconds)
@@ -258,7 +262,8 @@ def main(
     if output is not None:
         body = {
             "setting": {"title": title, "drop": drop, "steps": steps, "repeats": repeats}
-            | {"kv_memory": kv_memory, "eager": eager, "load": load if peers else None},
+            | {"kv_memory": kv_memory, "kv_cache_dtype": kv_cache_dtype}
+            | {"eager": eager, "load": load if peers else None},
             "machine": machine(where),
             "ceilings": asdict(ceilings),
             "decode": [asdict(row) for row in report.decode],
@@ -285,7 +290,8 @@ def measure(
     base: BaseModel, variants: Variants, config: EngineConfig, sweep: Sweep, ceilings: Ceilings
 ) -> Report:
     """Measure a sweep on one engine of the variants `full` and `pruned`."""
-    roofline, skipped = Roofline(base, variants, ceilings), list[str]()
+    kv_element_bytes = kv_dtype(config.kv_cache_dtype, base.model.dtype).itemsize
+    roofline, skipped = Roofline(base, variants, ceilings, kv_element_bytes), list[str]()
     with running(base, variants, config) as engine:
         decoded = _each(sweep.decode_cells, lambda c: _decoded(engine, c, sweep), skipped)
         prefilled = _each(sweep.prefill_cells, lambda c: _prefilled(engine, c, sweep), skipped)

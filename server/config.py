@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from pruning.loading import EMBEDDED_MODEL, cache_folder
 from pruning.plan import is_drop
 from pruning.variants import FULL
-from server.engine.assembly import AttentionChoice, EngineConfig, default_limits
+from server.engine.assembly import AttentionChoice, EngineConfig, KvCacheDtype, default_limits
 from server.engine.scheduler import Limits
 
 PRUNED = "pruned"
@@ -169,6 +169,11 @@ class Settings(BaseSettings):
         description="Page pool of all variants, such as 4GiB; by default a quarter of the free "
         "memory up to 4 GiB on a CPU, 0.9 of what is left on a GPU.",
     )
+    kv_cache_dtype: KvCacheDtype = Field(
+        "auto",
+        description="auto: the model's dtype; fp8 (or fp8_e4m3): keys and values in eight bits, "
+        "half of bfloat16's bytes.",
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="Longest prompt and answer together, in tokens."
     )
@@ -224,4 +229,5 @@ class Settings(BaseSettings):
             self.enforce_eager,
             self.prefix_caching,
             cache_folder() / "compiled",
+            self.kv_cache_dtype,
         )

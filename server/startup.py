@@ -98,7 +98,7 @@ def _quantise(settings: Settings, base: BaseModel) -> None:
         automatic and runs_here(base.device) and is_on_grid(base.model)
     ):
         quantise(base.model)
-        logger.info("weights: int4 in groups of 32; activations and KV cache: bfloat16")
+        logger.info("weights: int4 in groups of 32; activations: bfloat16")
 
 
 def find_plan(

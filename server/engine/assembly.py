@@ -18,6 +18,7 @@ from pruning.loading import BaseModel
 from pruning.projections import merge_projections
 from pruning.quantised import four_bit_layers
 from pruning.variants import Variants
+from server.engine.attention.eight_bits import E4M3
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
 from server.engine.pages import PageLayout, PagePool, page_layout
@@ -36,6 +37,10 @@ WARM_ROWS = 32
 """Decode steps of one variant are recorded at start up to this many rows."""
 
 AttentionChoice = Literal["auto", "sdpa", "paged"]
+KvCacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
+"""What pages hold: the model's dtype, or E4M3, which vLLM calls both."""
+_CONVERTS = (8, 9)
+"""The compute capability from which on Triton converts to and from E4M3."""
 
 
 class EngineConfigError(ValueError):
@@ -60,11 +65,17 @@ class EngineConfig:
     """Keep the pages of what was computed, for prompts that begin alike."""
     compiled: Path | None = None
     """Where layers compiled for a CPU are kept; None compiles none."""
+    kv_cache_dtype: KvCacheDtype = "auto"
 
 
 def default_limits(device: torch.device) -> Limits:
     """Return the limits that suit a device."""
     return Limits(tokens_per_step=2048, running=256) if device.type == "cuda" else Limits()
+
+
+def kv_dtype(choice: KvCacheDtype, model: torch.dtype) -> torch.dtype:
+    """Return the dtype of the page pool of a model that computes in `model`."""
+    return model if choice == "auto" else E4M3
 
 
 def build_engine(
@@ -84,7 +95,8 @@ def build_engine(
     context = _context(base, config)
     elements = shape.bytes_per_token(1)
     layout = page_layout([len(group.layers) for group in variants.groups], elements)
-    page_bytes = layout.page_elements * base.model.dtype.itemsize
+    dtype = kv_dtype(config.kv_cache_dtype, base.model.dtype)
+    page_bytes = layout.page_elements * dtype.itemsize
     pages = (config.kv_cache_bytes or _default_pool_bytes(base.device)) // page_bytes
     scheduler = Scheduler(
         limits, variants, layout, PagePool(pages), prefix_caching=config.prefix_caching
@@ -95,13 +107,16 @@ def build_engine(
             f"a KV cache of {pages * page_bytes} bytes holds {pages} pages of {page_bytes} bytes, "
             "too few for a single sequence; raise --kv-cache-memory"
         )
-    pool = torch.zeros(pages, layout.page_elements, dtype=base.model.dtype, device=base.device)
+    logger.info(
+        "KV cache: %d pages of %d bytes in %s", pages, page_bytes, str(dtype).removeprefix("torch.")
+    )
+    pool = torch.zeros(pages, layout.page_elements, dtype=dtype, device=base.device)
     runner = _runner(base, variants, config, layout, pool, limits, context)
     return Engine(scheduler, runner, variants, layout, context, on_death)
 
 
-def choose_attention(wanted: AttentionChoice, pool: Tensor) -> AttentionChoice:
-    """Return the backend to use for a page pool, and log it.
+def choose_attention(wanted: AttentionChoice, pool: Tensor, dtype: torch.dtype) -> AttentionChoice:
+    """Return the backend to use for a page pool and a model that computes in `dtype`, and log it.
 
     Raises:
         EngineConfigError: the wanted backend does not run here.
@@ -109,12 +124,24 @@ def choose_attention(wanted: AttentionChoice, pool: Tensor) -> AttentionChoice:
     has_triton = importlib.util.find_spec("triton") is not None
     if wanted == "paged" and not has_triton:
         raise EngineConfigError("--attention-backend paged needs the package triton")
-    on_gpu = pool.device.type == "cuda" and pool.dtype.itemsize == 2
+    if wanted == "paged" and not _converts(pool):
+        raise EngineConfigError(
+            "--attention-backend paged with --kv-cache-dtype fp8 needs a GPU of compute capability "
+            "8.9 or more (Ada, Hopper); use --attention-backend sdpa"
+        )
+    on_gpu = pool.device.type == "cuda" and dtype.itemsize == 2 and _converts(pool)
     if wanted == "auto" and on_gpu and not has_triton:
         logger.warning("without the package triton, attention is slow on a GPU")
     choice = wanted if wanted != "auto" else ("paged" if on_gpu and has_triton else "sdpa")
-    logger.info("attention backend: %s (%s, %s)", choice, pool.device.type, pool.dtype)
+    logger.info("attention backend: %s (%s, %s)", choice, pool.device.type, dtype)
     return choice
+
+
+def _converts(pool: Tensor) -> bool:
+    """Return whether Triton's kernels can read and write the pool on its device."""
+    if pool.dtype != E4M3 or pool.device.type != "cuda":
+        return True
+    return torch.cuda.get_device_capability(pool.device) >= _CONVERTS
 
 
 def _runner(
@@ -130,7 +157,7 @@ def _runner(
     steps."""
     kv_heads = kv_shape(base.model.config).kv_heads
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
-    if choose_attention(config.attention, pool) == "sdpa":
+    if choose_attention(config.attention, pool, base.model.dtype) == "sdpa":
         sdpa = SdpaBackend(pool, layout, variants, kv_heads)
         if config.compiled is not None and not config.enforce_eager:
             _use_compiled(base, config.compiled)

@@ -82,6 +82,13 @@ def test_a_decode_step_reads_weights_once_and_each_requests_context() -> None:
     assert step_bytes(config, 2, [full, pruned]) == 2 * (weights + keys_and_values)
 
 
+def test_keys_and_values_in_eight_bits_are_half_of_those_in_sixteen() -> None:
+    config, work = tiny_config(), [Rows(3, 1, 100, 4)]
+    weights = step_bytes(config, 2, [Rows(3, 1, -1, 4)])
+    wide, narrow = step_bytes(config, 2, work), step_bytes(config, 2, work, 1)
+    assert wide - weights == 2 * (narrow - weights) > 0
+
+
 def test_attention_weights_count_only_where_some_row_attends() -> None:
     config = tiny_config()
     both = step_bytes(config, 2, [Rows(1, 1, 0, 4), Rows(1, 1, 0, 2)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,16 @@ def test_comparisons_are_with_the_rows_beside(report: Report) -> None:
     assert pruned.kv_bytes == pytest.approx(full.kv_bytes / 2, rel=0.3)  # a page more or less
     for row in report.prefill:
         assert row.ratio == pytest.approx(row.seconds / row.roofline_seconds)
+
+
+def test_eight_bits_move_and_keep_fewer_bytes(report: Report) -> None:
+    base = random_base("tiny", torch.float32, CPU)
+    eight_bits = replace(config(4), kv_cache_dtype="fp8")
+    got = measure(base, half_dropped(base.layers), eight_bits, SWEEP, CEILINGS)
+    for narrow, wide in zip(got.decode, report.decode, strict=True):
+        assert (narrow.what, narrow.batch) == (wide.what, wide.batch)
+        assert narrow.bytes < wide.bytes
+        assert narrow.kv_bytes < wide.kv_bytes / 3  # a quarter, but for a page more or less
 
 
 def test_the_load_is_served_by_both_variants(report: Report) -> None:

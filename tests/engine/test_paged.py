@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,12 +12,15 @@ pytest.importorskip("triton")
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
 from server.engine.assembly import EngineConfigError, choose_attention
+from server.engine.attention.eight_bits import E4M3, packed
 from server.engine.attention.paged import PagedBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
 from server.engine.pages import PagePool, page_layout
 from server.engine.scheduler import Limits, Scheduler
+from tests.engine.interpreter import round_to_nearest_even
 from tests.engine.tiny_engine import Numbered, tiny_variants
+from tests.reference.rounded import rounded
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -44,6 +49,20 @@ def mixed_batch(variants: Variants, layout: object, pages: int) -> Batch:
     return build_batch(scheduler.schedule(), variants, layout)  # type: ignore[arg-type]
 
 
+def decode_batch(variants: Variants, layout: object, pages: int) -> Batch:
+    """Return a step of single rows, whose keys and values the decode kernel writes itself."""
+    scheduler = Scheduler(Limits(tokens_per_step=600), variants, layout, PagePool(pages))  # type: ignore[arg-type]
+    for length in (1, 17, 130):
+        for variant in ("full", "pruned"):
+            scheduler.add(new.request([5] * length, variant))
+    scheduler.advance(scheduler.schedule())
+    for request in scheduler.running:
+        request.output.append(7)
+    batch = build_batch(scheduler.schedule(), variants, layout)  # type: ignore[arg-type]
+    assert len(batch.token_ids) == len(batch.sequences) == 6
+    return batch
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     heads, kv_heads, dim, shape = form
@@ -68,13 +87,55 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
         assert (got - expected).norm() / expected.norm() < 5e-3
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
+    form: tuple[int, int, int, AttentionForm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both for what is read and for what is left in the pages; some values are beyond E4M3."""
+    round_to_nearest_even(monkeypatch)
+    heads, kv_heads, dim, shape = form
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(200, layout.page_elements, device=DEVICE).to(E4M3)
+    exact = pool.double()
+    paged = PagedBackend(pool, layout, variants, kv_heads)
+    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
+        for backend in (paged, reference):
+            backend.prepare(batch)
+        for layer in (0, 2, 7):
+            rows = batch.attending_rows[layer]
+            q, k, v = (
+                torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
+                for count in (heads, kv_heads, kv_heads)
+            )
+            v *= 300
+            assert v.abs().max() > 448
+            got = paged(layer, q, k, v, shape).double()
+            k, v = rounded(k).double(), rounded(v).double()
+            expected = reference(layer, q.double(), k, v, shape)
+            assert torch.isfinite(got).all()
+            assert (got - expected).norm() / expected.norm() < 5e-3
+        assert torch.equal(pool.view(torch.uint8), packed(exact))
+
+
 def test_a_cpu_gets_the_reference() -> None:
     pool = torch.zeros(4, 32)
-    assert choose_attention("auto", pool) == "sdpa"
-    assert choose_attention("paged", pool) == "paged"
+    assert choose_attention("auto", pool, pool.dtype) == "sdpa"
+    assert choose_attention("paged", pool, pool.dtype) == "paged"
+
+
+def test_gpus_without_eight_bits_get_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    pool = SimpleNamespace(device=torch.device("cuda"), dtype=E4M3)
+    assert choose_attention("auto", pool, torch.bfloat16) == "sdpa"  # type: ignore[arg-type]
+    with pytest.raises(EngineConfigError, match=r"8.9 or more .*--attention-backend sdpa"):
+        choose_attention("paged", pool, torch.bfloat16)  # type: ignore[arg-type]
+    pool.dtype = torch.bfloat16
+    assert choose_attention("auto", pool, torch.bfloat16) == "paged"  # type: ignore[arg-type]
 
 
 def test_paged_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineConfigError, match="needs the package triton"):
-        choose_attention("paged", torch.zeros(4, 32))
+        choose_attention("paged", torch.zeros(4, 32), torch.float32)

@@ -15,7 +15,7 @@ from pruning.loading import BaseModel
 from pruning.sublayers import wrap
 from pruning.substitutes import Substitutes
 from pruning.variants import FULL, Variant, Variants
-from server.engine.assembly import EngineConfig, build_engine
+from server.engine.assembly import EngineConfig, KvCacheDtype, build_engine, kv_dtype
 from server.engine.engine import Engine
 from server.engine.request import (
     Ended,
@@ -108,6 +108,7 @@ def tiny_engine(
     limits: Limits | None = None,
     overlaps: bool = False,
     substitutes: Substitutes | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Engine:
     """Return a started float64 engine with exactly `pages` pages.
 
@@ -116,9 +117,11 @@ def tiny_engine(
     base = wrapped(tiny_model(family, layers=variants.layers).double())
     if substitutes is not None:
         substitutes.attach(base, substitutes.by_layer)
-    largest = max(len(group.layers) for group in variants.groups)
-    page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(8)
-    config = EngineConfig(limits or Limits(), kv_cache_bytes=pages * page_bytes)
+    config = EngineConfig(
+        limits or Limits(),
+        kv_cache_bytes=pages * _page_bytes(base, variants, kv_cache_dtype),
+        kv_cache_dtype=kv_cache_dtype,
+    )
     engine = build_engine(base, variants, config)
     engine._runner.overlaps = overlaps
     engine.start()
@@ -132,6 +135,7 @@ def fast_engine(
     pages: int = 64,
     limits: Limits | None = None,
     substitutes: Substitutes | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Engine:
     """Return a started float32 engine on the paged backend, with recorded decode steps.
 
@@ -141,11 +145,18 @@ def fast_engine(
     base = wrapped(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
     if substitutes is not None:
         substitutes.attach(base, substitutes.by_layer)
-    largest = max(len(group.layers) for group in variants.groups)
-    page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(4)
     config = EngineConfig(
-        limits or Limits(running=4), kv_cache_bytes=pages * page_bytes, attention="paged"
+        limits or Limits(running=4),
+        kv_cache_bytes=pages * _page_bytes(base, variants, kv_cache_dtype),
+        attention="paged",
+        kv_cache_dtype=kv_cache_dtype,
     )
     engine = build_engine(base, variants, config)
     engine.start()
     return engine
+
+
+def _page_bytes(base: BaseModel, variants: Variants, kv_cache_dtype: KvCacheDtype) -> int:
+    largest = max(len(group.layers) for group in variants.groups)
+    element_bytes = kv_dtype(kv_cache_dtype, base.model.dtype).itemsize
+    return largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(element_bytes)

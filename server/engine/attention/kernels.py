@@ -7,6 +7,8 @@
     chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691)
 
 Sliding windows and soft-capping are parts of the kernels. A page may hold any number of tokens.
+Pages in eight bits (eight_bits.py) are converted to the queries' dtype as they are read, and no
+query sees a key or value that was not rounded to them.
 Lengths and tables are read on the device and nothing is planned on the host, so a captured CUDA
 graph stays valid for every step of its shape.
 """
@@ -20,17 +22,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.engine.attention.eight_bits import E4M3, LARGEST
+
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LARGEST = tl.constexpr(LARGEST)
 _UNBOUNDED = 1 << 30
 """A window that sees everything."""
 
 
 @triton.jit
+def _as_stored(x, pages):
+    """Round to what pages hold: E4M3 saturates."""
+    if pages.dtype.element_ty.is_fp8():
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -_LARGEST), _LARGEST)
+    return x.to(pages.dtype.element_ty)
+
+
+@triton.jit
 def _write(
-    key, value, keys, values, slots,
+    key, value, keys, values, slots, seen_key, seen_value,
     key_row, value_row, page_stride, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, key_head, value_head,
+    ROUNDS: tl.constexpr,
 ):  # fmt: skip
+    """One program: one row. Where that ROUNDS it, what pages hold of it goes to seen_key and
+    seen_value too, both [rows, heads, dim]."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     if slot < 0:
@@ -40,9 +56,15 @@ def _write(
     inside = column < HEADS * DIM
     target = (slot // TOKENS).to(tl.int64) * page_stride + (slot % TOKENS) * (HEADS * DIM) + column
     source = row * key_row + head * key_head + place
-    tl.store(keys + target, tl.load(key + source, mask=inside), mask=inside)
+    k = _as_stored(tl.load(key + source, mask=inside), keys)
+    tl.store(keys + target, k, mask=inside)
     source = row * value_row + head * value_head + place
-    tl.store(values + target, tl.load(value + source, mask=inside), mask=inside)
+    v = _as_stored(tl.load(value + source, mask=inside), values)
+    tl.store(values + target, v, mask=inside)
+    if ROUNDS:
+        seen = row * (HEADS * DIM) + column
+        tl.store(seen_key + seen, k.to(seen_key.dtype.element_ty), mask=inside)
+        tl.store(seen_value + seen, v.to(seen_value.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -98,14 +120,14 @@ def _decode(
         page = tl.load(table + token // TOKENS, seen, 0).to(tl.int64)
         place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
         inside = seen[:, None] & (dim < DIM)[None, :]
-        k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0)
+        k = tl.load(keys + place[:, None] + dim[None, :], inside, 0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
         scores = _capped(scores, softcap, CAPPED)
         scores = tl.where(seen[None, :], scores, float("-inf")) * _LOG2E
         risen = tl.maximum(highest, tl.max(scores, 1))
         fade = tl.exp2(highest - risen)
         p = tl.exp2(scores - risen[:, None])
-        v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0)
+        v = tl.load(values + place[:, None] + dim[None, :], inside, 0.0).to(q.dtype)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         highest = risen
@@ -114,6 +136,8 @@ def _decode(
         if (start < length) & (end == length):
             k = tl.load(key + row * key_row + kv_head * key_head + dim, dim < DIM, 0.0)
             v = tl.load(value + row * value_row + kv_head * value_head + dim, dim < DIM, 0.0)
+            k = _as_stored(k, keys)
+            v = _as_stored(v, values)
             slot = tl.load(slots + row)
             place = (slot // TOKENS).to(tl.int64) * page_stride
             place += (slot % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
@@ -188,6 +212,7 @@ def _fold(
             k = tl.load(keys + key_at[:, None] + dim[None, :], inside, 0.0)
         else:
             k = tl.load(keys + key_at[:, None] + dim[None, :])
+        k = k.to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if CAPPED:
             scores = _capped(scores * scaling, softcap, CAPPED)
@@ -202,6 +227,7 @@ def _fold(
             v = tl.load(values + value_at[:, None] + dim[None, :], inside, 0.0)
         else:
             v = tl.load(values + value_at[:, None] + dim[None, :])
+        v = v.to(q.dtype)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * fade + tl.sum(p, 1)
         highest = risen
@@ -282,19 +308,25 @@ def _chunk(
     tl.store(target, joined.to(out.dtype.element_ty), valid)
 
 
-def write_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def write_pages(
+    key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
     """Put key and value [rows, kv_heads, dim] into a layer's pages at `slots` [rows].
 
-    Rows with slot -1, padding, are left out. keys and values are views [pages, tokens, kv_heads,
-    dim] of the pool.
+    keys and values are views [pages, tokens, kv_heads, dim] of the pool. Returns key and value as
+    pages hold them: themselves, or copies rounded to eight bits. Rows with slot -1, padding, are
+    left out.
     """
     rows, heads, dim = key.shape
+    rounds = keys.dtype == E4M3
+    seen_key, seen_value = (x.new_empty(rows, heads, dim) if rounds else x for x in (key, value))
     _write[(rows,)](
-        key, value, keys, values, slots,
+        key, value, keys, values, slots, seen_key, seen_value,
         key.stride(0), value.stride(0), keys.stride(0), keys.shape[1],
         heads, dim, triton.next_power_of_2(heads * dim), key.stride(1), value.stride(1),
-        num_warps=4,
+        rounds, num_warps=4,
     )  # fmt: skip
+    return seen_key, seen_value
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class PagedBackend:
     """Attention over pages without gathering."""
 
     def __init__(self, pool: Tensor, layout: PageLayout, variants: Variants, kv_heads: int) -> None:
-        """pool is [pages, page_elements] in the KV dtype, on a CUDA device."""
+        """pool is [pages, page_elements] in the model's dtype or E4M3, on a CUDA device."""
         self._views = layer_views(pool, layout, variants, kv_heads)
         self._group_of = variants.group_of_layer
         self._kv_heads = kv_heads
@@ -93,7 +93,7 @@ class PagedBackend:
         keys, values = self._views[layer]
         rows, key, value = _by_row(query), _by_row(key), _by_row(value)
         if step.chunks is not None:
-            write_pages(key, value, keys, values, step.slots)
+            key, value = write_pages(key, value, keys, values, step.slots)
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         window, softcap = form.sliding_window, form.softcap or 0.0
         if (single := step.singles) is not None:

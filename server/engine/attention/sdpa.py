@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pruning.attention import AttentionForm, biased_attention, masked_attention
 from pruning.variants import Variants
+from server.engine.attention.eight_bits import E4M3, packed, unpacked
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
@@ -53,8 +54,10 @@ class SdpaBackend:
     """Attention over pages by gathering."""
 
     def __init__(self, pool: Tensor, layout: PageLayout, variants: Variants, kv_heads: int) -> None:
-        """pool is [pages, page_elements] in the KV dtype, on the device."""
-        self._views = layer_views(pool, layout, variants, kv_heads)
+        """pool is [pages, page_elements] in the model's dtype or E4M3, on the device."""
+        self._packs = pool.dtype == E4M3
+        stored = pool.view(torch.uint8) if self._packs else pool
+        self._views = layer_views(stored, layout, variants, kv_heads)
         self._group_of = variants.group_of_layer
         self._layout = layout
         self._device = pool.device
@@ -72,8 +75,8 @@ class SdpaBackend:
         step = self._prepared[self._group_of[layer]]
         assert step is not None, "a layer without attending rows was run"
         keys, values = self._views[layer]
-        keys[step.pages, step.offsets] = key[0].transpose(0, 1)
-        values[step.pages, step.offsets] = value[0].transpose(0, 1)
+        keys[step.pages, step.offsets] = self._stored(key[0].transpose(0, 1))
+        values[step.pages, step.offsets] = self._stored(value[0].transpose(0, 1))
         if not step.chunks:
             return _attend_singles(step, query[0].transpose(0, 1), keys, values, form)[None]
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
@@ -83,6 +86,9 @@ class SdpaBackend:
         for chunk in step.chunks:
             out[:, chunk.start : chunk.end] = _attend_chunk(chunk, query, keys, values, form)
         return out
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        return packed(rows) if self._packs else rows
 
     def _prepare(self, index: int, group: GroupRows, batch: Batch) -> _Prepared:
         tokens = self._layout.tokens_per_page[index]
@@ -134,8 +140,8 @@ def _attend_singles(
         step.masks[form.sliding_window] = _visible(step, form.sliding_window)
     out = biased_attention(
         rows[:, :, None],
-        _gather(keys, step.single_tables, span),
-        _gather(values, step.single_tables, span),
+        _gather(keys, step.single_tables, span, rows.dtype),
+        _gather(values, step.single_tables, span, rows.dtype),
         step.masks[form.sliding_window],
         form,
     )
@@ -160,16 +166,18 @@ def _attend_chunk(
     """Attend one sequence's rows over all of its tokens; return [1, rows, heads, dim]."""
     return masked_attention(
         query[:, :, chunk.start : chunk.end],
-        _gather(keys, chunk.table[None], chunk.length),
-        _gather(values, chunk.table[None], chunk.length),
+        _gather(keys, chunk.table[None], chunk.length, query.dtype),
+        _gather(values, chunk.table[None], chunk.length, query.dtype),
         form,
     )
 
 
-def _gather(view: Tensor, tables: Tensor, length: int) -> Tensor:
-    """Copy [sequences, pages] pages out of [pages, tokens, kv_heads, dim] into
-    [sequences, kv_heads, length, dim]."""
+def _gather(view: Tensor, tables: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Copy [sequences, pages] pages out of [pages, tokens, kv_heads, dim], which hold `dtype` or
+    bytes, into [sequences, kv_heads, length, dim]."""
     # Several times as fast as indexing, which copies element by element.
     pages = view.index_select(0, tables.flatten())
+    if pages.dtype == torch.uint8:
+        pages = unpacked(pages, dtype)
     whole = pages.view(len(tables), -1, *view.shape[2:])
     return whole[:, :length].transpose(1, 2)
