@@ -65,6 +65,7 @@ def logits(base: BaseModel, attend: Attend, rows: int, attending: Sequence[int])
 def test_compiled_layers_are_as_exact_as_the_familys_own_code(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.reset()  # what earlier tests compiled would do here, and leave nothing to watch
     graphs: list[Counter[str]] = []
 
     class Watched(Products):
