@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +29,9 @@ from server.engine.request import (
 )
 from server.engine.scheduler import Limits
 from tests.pruning.tiny_models import tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from server.engine.eight_bits import Kind
 
 LAYERS = 4
 PAGE_TOKENS = 16
@@ -132,19 +136,29 @@ def fast_engine(
     pages: int = 64,
     limits: Limits | None = None,
     substitutes: Substitutes | None = None,
+    weights: Kind | None = None,
+    eager: bool = False,
 ) -> Engine:
     """Return a started float32 engine on the paged backend, with recorded decode steps.
 
-    On a GPU if there is one, with compiled layers; else in Triton's interpreter.
+    On a GPU if there is one, with compiled layers; else in Triton's interpreter. `weights` puts
+    them into eight bits.
     """
     model = tiny_model(family, layers=variants.layers)
     base = wrapped(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+    if weights is not None:
+        from server.engine import eight_bits  # needs Triton, which not all engines here do
+
+        eight_bits.quantise(base.model, weights)
     if substitutes is not None:
         substitutes.attach(base, substitutes.by_layer)
     largest = max(len(group.layers) for group in variants.groups)
     page_bytes = largest * PAGE_TOKENS * kv_shape(base.model.config).bytes_per_token(4)
     config = EngineConfig(
-        limits or Limits(running=4), kv_cache_bytes=pages * page_bytes, attention="paged"
+        limits or Limits(running=4),
+        kv_cache_bytes=pages * page_bytes,
+        attention="paged",
+        enforce_eager=eager,
     )
     engine = build_engine(base, variants, config)
     engine.start()
