@@ -50,7 +50,7 @@ def _round_rows(x, y, scale, inputs, x_row, INPUTS: tl.constexpr):  # fmt: skip
 
 def scaled_linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor) -> Tensor:
     """Return x @ (weight * scale).T + added; the arguments are those of `linear.linear`."""
-    if _multiplies(x, weight):
+    if multiplies(x, weight):
         return _float8_linear(x, weight, added, scale)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     bands = range(0, weight.shape[0], _BAND)
@@ -92,7 +92,7 @@ def _float8_linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tenso
     return y if added is None else y.add_(added)
 
 
-def _multiplies(x: Tensor, weight: Tensor) -> bool:
+def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Return whether torch multiplies both in float8, which it does for multiples of 16."""
     if x.dtype != torch.bfloat16 or weight.dtype != torch.float8_e4m3fn or x.shape[0] == 0:
         return False
