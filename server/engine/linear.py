@@ -37,6 +37,8 @@ _WIDE = 8192
 """Outputs."""
 _FEWEST_OUTPUTS = 2048
 """Narrower weights give too few programs to fill a device."""
+_SPARE = 32 << 10
+"""Bytes of shared memory left for a tile of eight bits in 16, should the compiler want them."""
 
 
 class Tiling(NamedTuple):
@@ -184,7 +186,8 @@ def _multiply(
     padded = max(16, triton.next_power_of_2(rows))
     tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
     at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
-    room = _shared_memory(x.device) // (tile.inputs * (at_once + padded * x.dtype.itemsize))
+    free = _shared_memory(x.device) - (0 if scale is None else _SPARE)
+    room = free // (tile.inputs * (at_once + padded * x.dtype.itemsize))
     _few_rows[(triton.cdiv(outputs, tile.outputs),)](
         x, weight, y if scale is None else scale, more, y, rows, outputs, inputs,
         x.stride(0), weight.stride(0), more.stride(0), y.stride(0),
