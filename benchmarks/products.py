@@ -147,6 +147,7 @@ def _torchao(x: Tensor, weights: Sequence[Tensor], gated: bool) -> float | None:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         quantize_(layer, Int8WeightOnlyConfig())
         layers.append(layer)
+    torch.compiler.reset()  # which compiles no more after some shapes
     product = torch.compile(_silu_gated if gated else functional.linear, dynamic=False)
     return _microseconds(lambda layer: product(x, layer.weight), layers)
 
