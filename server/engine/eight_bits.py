@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from pruning.projections import concatenated, same_input_projections
 from pruning.quantised import QuantisationError
 from server.engine import linear
+from server.engine.packing import BLOCK, in_order, interleave
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +43,21 @@ _DTYPES: dict[Kind, tuple[torch.dtype, int]] = {
     "float8": (torch.float8_e4m3fn, 448),
 }
 """And the largest number."""
-_MULTIPLE = 16
-"""Of inputs, which matrix units take."""
-_LEAST_FLOAT8 = (8, 9)
-"""Compute capability from which on there is float8."""
+_LEAST = (8, 0)
+"""Compute capability that the kernels need, for bfloat16."""
 
 
 class EightBits(NamedTuple):
     """A weight [outputs, inputs]."""
 
     numbers: Tensor
-    """[outputs, inputs], in one byte each."""
+    """[outputs, inputs] in one byte each, interleaved as packing.py says."""
     scales: Tensor
     """[outputs] float32."""
 
     def expanded(self) -> Tensor:
-        """Return the weight in float32."""
-        return self.numbers.float() * self.scales[:, None]
+        """Return the weight in float32, in order."""
+        return in_order(self.numbers).float() * self.scales[:, None]
 
     def part(self, start: int, end: int) -> EightBits:
         """Return outputs `start` to `end`, in the same memory."""
@@ -108,24 +107,25 @@ class EightBitPart(nn.Module):
 
 
 def eight_bits(weight: Tensor, kind: Kind) -> EightBits:
-    """Put a weight [outputs, inputs] into eight bits."""
+    """Put a weight [outputs, inputs] into eight bits; inputs are a multiple of 32."""
     dtype, largest = _DTYPES[kind]
     numbers = weight.detach().to(torch.float32, copy=True)
     scales = torch.maximum(numbers.amax(1), -numbers.amin(1)) / largest
     scales = torch.where(scales > 0, scales, 1.0)
     numbers.div_(scales[:, None]).clamp_(-largest, largest)
-    return EightBits((numbers.round_() if kind == "int8" else numbers).to(dtype), scales)
+    rounded = (numbers.round_() if kind == "int8" else numbers).to(dtype)
+    return EightBits(interleave(rounded), scales)
 
 
 @torch.no_grad()
 def quantise(model: PreTrainedModel, kind: Kind) -> None:
     """Put the weights of a model's decoder layers and head into eight bits, in place.
 
-    A layer at a time, so that at most one exists twice. Weights whose inputs are no multiple of 16
+    A layer at a time, so that at most one exists twice. Weights whose inputs are no multiple of 32
     stay as they are.
 
     Raises:
-        QuantisationError: the device has no such numbers.
+        QuantisationError: the kernels do not run on the device.
     """
     _check_device(model.device, kind)
     left = 0
@@ -146,7 +146,9 @@ def quantise(model: PreTrainedModel, kind: Kind) -> None:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # what became free is the page pool's
     if left:
-        logger.warning("%d weights stay as they are: their inputs are no multiple of 16", left)
+        logger.warning(
+            "%d weights stay as they are: their inputs are no multiple of %d", left, BLOCK
+        )
 
 
 def eight_bit_layers(model: nn.Module) -> list[EightBitLinear]:
@@ -156,13 +158,11 @@ def eight_bit_layers(model: nn.Module) -> list[EightBitLinear]:
 
 
 def _check_device(device: torch.device, kind: Kind) -> None:
-    if kind == "float8" and device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _LEAST_FLOAT8:
-            raise QuantisationError(
-                f"float8 needs compute capability 8.9 (Ada, Hopper or newer); this device has "
-                f"{capability[0]}.{capability[1]}, where int8 works"
-            )
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < _LEAST:
+        raise QuantisationError(
+            f"{kind} needs compute capability 8.0 (Ampere or newer); this device has "
+            f"{found[0]}.{found[1]}; serve without --quantization"
+        )
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -184,4 +184,4 @@ def _quantised(linears: Sequence[nn.Linear], kind: Kind) -> EightBitLinear:
 
 
 def _fits(part: nn.Linear) -> bool:
-    return part.in_features % _MULTIPLE == 0
+    return part.in_features % BLOCK == 0

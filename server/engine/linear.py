@@ -10,9 +10,11 @@ follows a product is cheap beside it and a kernel launch is not, so it takes par
 
 (A norm before a product does not: every program would repeat it, which was slower than a kernel
 of its own.) A weight in eight bits (eight_bits.py) comes with one scale an output: the kernel reads
-its bytes, turns them into numbers of x's dtype in registers, and scales the sums. Products of many
-rows go to cuBLAS (many_rows.py, from eight bits); which one runs is decided at each call. Compiled
-layers call these as opaque operators (compiling.py puts them in the place of torch's).
+its bytes, turns them into wider numbers in registers (packing.py), and scales the sums.
+
+Products of many rows go to cuBLAS (many_rows.py, from eight bits); which one runs is decided at
+each call. Compiled layers call these as opaque operators (compiling.py puts them in the place of
+torch's).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.engine import many_rows
+from server.engine.packing import first_input, numbers
 
 _MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
 """Beyond these cuBLAS is as fast."""
@@ -37,8 +40,6 @@ _WIDE = 8192
 """Outputs."""
 _FEWEST_OUTPUTS = 2048
 """Narrower weights give too few programs to fill a device."""
-_SPARE = 32 << 10
-"""Bytes of shared memory left for a tile of eight bits in 16, should the compiler want them."""
 
 
 class Tiling(NamedTuple):
@@ -70,25 +71,31 @@ def tiling(outputs: int, inputs: int, rows: int, itemsize: int, gated: bool) -> 
 def _few_rows(
     x, weight, scale, added, y, rows, outputs, inputs, x_row, weight_row, added_row, y_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    SCALED: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, FLOAT8: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTPUTS outputs of all rows."""
+    """One program: OUTPUTS outputs of all rows. A scaled weight is in words of two numbers."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS)
     exists, asked = output < outputs, row < rows
     acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up = tl.zeros([OUTPUTS, ROWS], tl.float32)
     band = weight + output[:, None].to(tl.int64) * weight_row
+    given = x + row[None, :] * x_row
+    item = tl.arange(0, INPUTS // 2 if SCALED else INPUTS)
     for start in range(0, inputs, INPUTS):
-        at = start + tl.arange(0, INPUTS)
-        # The weight stands on the left: it has the many rows that tensor cores want.
+        at = (start // 2 if SCALED else start) + item
         part = tl.load(band + at[None, :], exists[:, None], eviction_policy="evict_first")
-        given = tl.load(x + row[None, :] * x_row + at[:, None], asked[None, :], 0.0)
-        acc += tl.dot(part.to(given.dtype), given, input_precision="ieee")
+        first = start + (first_input(item) if SCALED else item)
+        low = tl.load(given + first[:, None], asked[None, :], 0.0)
+        high = low
+        if SCALED:
+            high = tl.load(given + first[:, None] + 16, asked[None, :], 0.0)
+        acc = _plus(acc, part, low, high, SCALED, FLOAT8, INTERPRETED)
         if GATED:
             second = band + outputs.to(tl.int64) * weight_row + at[None, :]
             part = tl.load(second, exists[:, None], eviction_policy="evict_first")
-            up += tl.dot(part.to(given.dtype), given, input_precision="ieee")
+            up = _plus(up, part, low, high, SCALED, FLOAT8, INTERPRETED)
     if SCALED:
         acc *= tl.load(scale + output, exists, 0.0)[:, None]
         if GATED:
@@ -101,6 +108,23 @@ def _few_rows(
         acc += tl.load(more, place, 0.0).to(tl.float32)
     target = y + row[None, :] * y_row + output[:, None]
     tl.store(target, acc.to(y.dtype.element_ty), place)
+
+
+@triton.jit
+def _plus(
+    acc, part, low, high,
+    SCALED: tl.constexpr, FLOAT8: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Add the product of a tile of the weight and what it meets of x."""
+    # The weight stands on the left: it has the many rows that tensor cores want.
+    if SCALED:
+        lower = numbers(part, False, FLOAT8, INTERPRETED).to(low.dtype)
+        acc += tl.dot(lower, low, input_precision="ieee")
+        upper = numbers(part, True, FLOAT8, INTERPRETED).to(low.dtype)
+        acc += tl.dot(upper, high, input_precision="ieee")
+    else:
+        acc += tl.dot(part, low, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -119,7 +143,7 @@ def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None
     """Return x @ (weight * scale).T + added.
 
     x is [rows, inputs], weight [outputs, inputs], added None, [outputs] or [rows, outputs]. With
-    a weight of eight bits goes its scale, [outputs] in float32.
+    a weight of eight bits, interleaved as packing.py says, goes its scale, [outputs] in float32.
     """
     if _suits(x, weight):
         return _multiply(x, weight, added, scale, gated=False)
@@ -170,7 +194,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
         return False
     if weight.dtype.itemsize == 1:
-        return rows <= _MOST_ROWS_OF_EIGHT_BITS and inputs % 32 == 0
+        return rows <= _MOST_ROWS_OF_EIGHT_BITS
     if inputs % 256 or outputs < _FEWEST_OUTPUTS:
         return False
     return rows <= (_MOST_ROWS if outputs >= _WIDE else _MOST_ROWS_OF_NARROW)
@@ -186,12 +210,14 @@ def _multiply(
     padded = max(16, triton.next_power_of_2(rows))
     tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
     at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
-    free = _shared_memory(x.device) - (0 if scale is None else _SPARE)
-    room = free // (tile.inputs * (at_once + padded * x.dtype.itemsize))
+    room = _shared_memory(x.device) // (tile.inputs * (at_once + padded * x.dtype.itemsize))
+    items = weight if scale is None else weight.view(torch.int16)
     _few_rows[(triton.cdiv(outputs, tile.outputs),)](
-        x, weight, y if scale is None else scale, more, y, rows, outputs, inputs,
-        x.stride(0), weight.stride(0), more.stride(0), y.stride(0),
-        padded, tile.outputs, tile.inputs, scale is not None, added is not None, gated,
+        x, items, y if scale is None else scale, more, y, rows, outputs, inputs,
+        x.stride(0), items.stride(0), more.stride(0), y.stride(0),
+        padded, tile.outputs, tile.inputs,
+        scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
+        x.device.type == "cpu",
         num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
     )  # fmt: skip
     return y
