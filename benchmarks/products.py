@@ -1,25 +1,28 @@
 """Matrix products of few rows on a GPU: ours beside cuBLAS and beside the bytes they read.
 
-    python -m benchmarks.products --shape llama-3-8b --rows 1,8,16,32,64,128
+    python -m benchmarks.products --shape llama-3-8b --rows 1,8,16,32,64,128 --weights bfloat16,int8
 
 The weights of one decoder layer and the head, as a step multiplies by them: q, k and v merged, gate
 and up merged with what follows them. The ceiling is a weight's bytes over the copy bandwidth of
-this run. Kernels run in a CUDA graph over as many copies as do not fit the device's cache.
+this run. Kernels run in a CUDA graph over as many copies as do not fit the device's cache. cuBLAS
+multiplies by bfloat16; beside int8 stands torchao's weight-only product, compiled, if that package
+is there.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.inprocess import machine
@@ -27,6 +30,9 @@ from benchmarks.roofline import copies_beyond_cache, graph_seconds, measure_ceil
 from benchmarks.shapes import llama_config
 from pruning.families import kv_shape
 from server.engine import linear
+from server.engine.eight_bits import eight_bits
+
+Weight = TypeVar("Weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +50,19 @@ class Row:
     """Microseconds of one product."""
 
     name: str
+    weights: str
     rows: int
     ours: float
     cublas: float
+    """By bfloat16."""
+    torchao: float | None
     ceiling: float
 
 
 def main(
     shape: Annotated[str, typer.Option(help="A named shape.")] = "llama-3-8b",
     rows: Annotated[str, typer.Option(help="Rows that are multiplied.")] = "1,8,16,32,64,128",
+    weights: Annotated[str, typer.Option(help="bfloat16, int8, float8.")] = "bfloat16",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure products."""
@@ -62,9 +72,10 @@ def main(
     ceilings = measure_ceilings(device, torch.bfloat16)
     counts = [int(part) for part in rows.split(",")]
     found = [
-        _row(product, count, ceilings.copy_bytes_per_second)
+        row
         for product in _products(shape)
         for count in counts
+        for row in _rows(product, count, weights.split(","), ceilings.copy_bytes_per_second)
     ]
     Console(width=160).print(_table(shape, found))
     if output is not None:
@@ -90,26 +101,64 @@ def _products(shape: str) -> list[Product]:
 
 
 @torch.inference_mode()
-def _row(product: Product, rows: int, bytes_per_second: float) -> Row:
-    size = product.outputs * product.inputs * 2
+def _rows(
+    product: Product, rows: int, kinds: Sequence[str], bytes_per_second: float
+) -> Iterator[Row]:
+    """Yield a row for each kind of weights."""
+    elements = product.outputs * product.inputs
     weights = [
         torch.randn(product.outputs, product.inputs, dtype=torch.bfloat16, device="cuda") / 64
-        for _ in range(copies_beyond_cache(size))
+        for _ in range(copies_beyond_cache(elements))  # in one byte each, too
     ]
     x = torch.randn(rows, product.inputs, dtype=torch.bfloat16, device="cuda")
-    ways: tuple[Callable[..., Tensor], Callable[..., Tensor]]
-    ways = (linear.gated, _gated) if product.gated else (_linear, functional.linear)
-    return Row(
-        name=product.name,
-        rows=rows,
-        ours=_microseconds(lambda weight: ways[0](x, weight), weights),
-        cublas=_microseconds(lambda weight: ways[1](x, weight), weights),
-        ceiling=size / bytes_per_second * 1e6,
-    )
+    plain = _gated if product.gated else functional.linear
+    cublas = _microseconds(lambda weight: plain(x, weight), weights)
+    for kind in kinds:
+        itemsize = 2 if kind == "bfloat16" else 1
+        yield Row(
+            name=product.name,
+            weights=kind,
+            rows=rows,
+            ours=_ours(x, weights, kind, product.gated),
+            cublas=cublas,
+            torchao=_torchao(x, weights, product.gated) if kind == "int8" else None,
+            ceiling=elements * itemsize / bytes_per_second * 1e6,
+        )
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return linear.linear(x, weight, None)  # type: ignore[no-any-return]
+def _ours(x: Tensor, weights: Sequence[Tensor], kind: str, gated: bool) -> float:
+    """Return the microseconds of a product by weights of a kind."""
+    way: Callable[..., Tensor] = linear.gated if gated else _linear
+    if kind == "bfloat16":
+        return _microseconds(lambda weight: way(x, weight), weights)
+    bits = [eight_bits(weight, kind) for weight in weights]  # type: ignore[arg-type]
+    return _microseconds(lambda each: way(x, each.numbers, each.scales), bits)
+
+
+def _torchao(x: Tensor, weights: Sequence[Tensor], gated: bool) -> float | None:
+    """Return the microseconds of a compiled product by torchao's int8 weights, if it is there."""
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layers = []
+    for weight in weights:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        quantize_(layer, Int8WeightOnlyConfig())
+        layers.append(layer)
+    torch.compiler.reset()  # which compiles no more after some shapes
+    product = torch.compile(_silu_gated if gated else functional.linear, dynamic=False)
+    return _microseconds(lambda layer: product(x, layer.weight), layers)
+
+
+def _silu_gated(x: Tensor, weight: Any) -> Tensor:
+    gate, up = functional.linear(x, weight).chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    return linear.linear(x, weight, None, scale)  # type: ignore[no-any-return]
 
 
 def _gated(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,25 +166,33 @@ def _gated(x: Tensor, weight: Tensor) -> Tensor:
     return linear.gate(functional.linear(x, weight))
 
 
-def _microseconds(work: Callable[[Tensor], object], weights: list[Tensor]) -> float:
+def _microseconds(work: Callable[[Weight], object], weights: Sequence[Weight]) -> float:
     return graph_seconds(lambda index: work(weights[index]), len(weights)) * 1e6
 
 
 def _table(shape: str, rows: list[Row]) -> Table:
     table = Table(title=f"{shape}, microseconds a product")
-    for name in ("weight", "rows", "ceiling", "ours", "of ceiling", "cuBLAS", "cuBLAS over ours"):
+    names = ["weight", "in", "rows", "ceiling", "ours", "of ceiling", "cuBLAS", "cuBLAS over ours"]
+    peers = any(row.torchao is not None for row in rows)
+    for name in [*names, *(["torchao", "torchao over ours"] if peers else [])]:
         table.add_column(name, justify="right")
     for row in rows:
+        peer = ["", ""] if row.torchao is None else _beside(row.torchao, row.ours)
         table.add_row(
             row.name,
+            row.weights,
             str(row.rows),
             f"{row.ceiling:.1f}",
             f"{row.ours:.1f}",
             f"{row.ours / row.ceiling:.2f}x",
-            f"{row.cublas:.1f}",
-            f"{row.cublas / row.ours:.2f}x",
+            *_beside(row.cublas, row.ours),
+            *(peer if peers else []),
         )
     return table
+
+
+def _beside(peer: float, ours: float) -> list[str]:
+    return [f"{peer:.1f}", f"{peer / ours:.2f}x"]
 
 
 if __name__ == "__main__":

@@ -115,10 +115,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and KV cache; auto: float32 on a CPU, else the checkpoint's."
     )
-    quantization: Literal["auto", "none", "int4"] = Field(
+    quantization: Literal["auto", "none", "int4", "int8", "float8"] = Field(
         "auto",
-        description="int4: 4-bit weights in groups of 32 and bfloat16, on a CPU; auto: int4 with "
-        "--dtype auto where it holds the checkpoint's weights exactly (Q4_0 and Q4_1 GGUF).",
+        description="int4: 4-bit weights in groups of 32 and bfloat16, on a CPU; int8, float8: "
+        "8-bit weights with a scale for each output, on a CUDA device; auto: int4 on a CPU with "
+        "--dtype auto where it holds the checkpoint's weights exactly (Q4_0 and Q4_1 GGUF), else "
+        "none.",
     )
     device: str = Field("auto", description="A torch device; auto: cuda if there is one.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")

@@ -5,12 +5,14 @@ The only place that knows every part; each part knows only its neighbours.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from fastapi import FastAPI
 
 from pruning.budget import DEFAULT_BUDGET, Budget, chosen
@@ -70,6 +72,7 @@ def start(
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
     )
+    _check_device(settings, base.device)
     if settings.served_model_name:
         base = replace(base, name=settings.served_model_name)
     plan, substitutes, origin = find_plan(settings, base, progress)
@@ -91,10 +94,29 @@ def start(
     return Started(app, service, engine, plan, origin, settings.model)
 
 
+def _check_device(settings: Settings, device: torch.device) -> None:
+    """Refuse eight bits where they do not run, before a plan is computed."""
+    if settings.quantization not in ("int8", "float8"):
+        return
+    if device.type != "cuda":
+        raise SettingsError(
+            f"--quantization {settings.quantization} runs on CUDA devices and this model is on "
+            f"{device.type}; on a CPU, --quantization int4 runs"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise SettingsError(f"--quantization {settings.quantization} needs the package triton")
+
+
 def _quantise(settings: Settings, base: BaseModel) -> None:
-    """Put the weights into four bits if that was asked for, or is free of loss and faster."""
+    """Put the weights into eight or four bits if that was asked for, or into four if that is free
+    of loss and faster."""
     automatic = settings.quantization == "auto" and settings.dtype == "auto"
-    if settings.quantization == "int4" or (
+    if settings.quantization in ("int8", "float8"):
+        from server.engine import eight_bits  # Triton exists on GPU machines only
+
+        eight_bits.quantise(base.model, settings.quantization)
+        logger.info("weights: %s with a scale for each output", settings.quantization)
+    elif settings.quantization == "int4" or (
         automatic and runs_here(base.device) and is_on_grid(base.model)
     ):
         quantise(base.model)

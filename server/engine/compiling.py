@@ -40,7 +40,7 @@ class Products(CustomGraphPass):
     - One that appears several times is computed once: merged projections
       (pruning/projections.py) ask for the same product and take a slice each. (torch's own
       elimination of common parts runs for training only.)
-    - All of them go to `linear`.
+    - All of them go to `linear`, where those with weights in eight bits are from the start.
     - silu(gate) * up goes to `gated`.
     - The sum that ends a layer, with the residual stream, is part of its last product. (The one in
       the middle is part of the norm after it.)
@@ -123,7 +123,7 @@ def _share(graph: fx.Graph) -> None:
     """Compute equal products once, and what lies between them and their operands."""
     known: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target in _PRODUCTS | _TURNS | _VIEWS:
+        if node.target in _PRODUCTS | _TURNS | _VIEWS | {_linear}:
             first = known.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
             if first is not node:
                 node.replace_all_uses_with(first)
@@ -151,8 +151,9 @@ def _use_gated(graph: fx.Graph, node: fx.Node) -> None:
         found = _product_of(product)
         if found is None or found[2] is not None:
             continue
+        x, weight, _, *scale = found
         with graph.inserting_before(node):
-            rows = _call(graph, _gated, *found[:2])
+            rows = _call(graph, _gated, x, weight, *scale)
             shaped = _call(graph, _aten.unsqueeze.default, rows, 0)
         node.replace_all_uses_with(shaped)
         return
@@ -190,9 +191,10 @@ def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
             continue
         if residual.meta["val"].shape != node.meta["val"].shape:
             continue
+        x, weight, _, *scale = found
         with graph.inserting_before(node):
             flat = _call(graph, _aten.squeeze.dim, residual, 0)
-            joined = _call(graph, _linear, *found[:2], flat)
+            joined = _call(graph, _linear, x, weight, flat, *scale)
             shaped = _call(graph, _aten.unsqueeze.default, joined, 0)
         node.replace_all_uses_with(shaped)
         return

@@ -9,13 +9,19 @@ follows a product is cheap beside it and a kernel launch is not, so it takes par
     y = silu(x @ gate.T) * (x @ up.T)     gated, of the merged weight [gate; up]
 
 (A norm before a product does not: every program would repeat it, which was slower than a kernel
-of its own.) Products of many rows go to cuBLAS; which one runs is decided at each call. Compiled
-layers call these as opaque operators (compiling.py puts them in the place of torch's).
+of its own.) A weight in eight bits (eight_bits.py) comes with one scale an output: the kernel reads
+its bytes, turns them into wider numbers in registers (packing.py), and scales the sums.
+
+Products of many rows go to cuBLAS (many_rows.py, from eight bits); which one runs is decided at
+each call. Compiled layers call these as opaque operators (compiling.py puts them in the place of
+torch's).
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,42 +29,77 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from server.engine import many_rows
+from server.engine.packing import first_input, numbers
+
 _MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
 """Beyond these cuBLAS is as fast."""
+_MOST_ROWS_OF_EIGHT_BITS = 128
+"""Beyond these, what cuBLAS needs first (a wider weight, or rows in eight bits) is worth it."""
 _WIDE = 8192
 """Outputs."""
-_TILE = (64, 128)
-"""Outputs and inputs of a program's step, of each half where there are two."""
-_STAGES, _STAGES_OF_NARROW, _GATED_STAGES = 4, 8, 3
-"""Tiles on their way from memory at once. Narrow weights have fewer programs than there are
-multiprocessors, so each has one to itself; gated ones take two tiles a step."""
 _FEWEST_OUTPUTS = 2048
 """Narrower weights give too few programs to fill a device."""
 
 
+class Tiling(NamedTuple):
+    """How a program walks along its band of a weight."""
+
+    outputs: int
+    """In the band, of each half where there are two."""
+    inputs: int
+    """In a step."""
+    stages: int
+    """Steps whose tiles are on their way from memory at once, if there is room."""
+    warps: int
+
+
+def tiling(outputs: int, inputs: int, rows: int, itemsize: int, gated: bool) -> Tiling:
+    """Return what suits a weight [outputs, inputs], or two such halves, and so many rows.
+
+    Narrow weights have fewer programs than there are multiprocessors, so each has one to itself;
+    gated ones take two tiles a step. A tile of eight bits holds twice the inputs in as many bytes,
+    until those of x are the larger part.
+    """
+    stages = 3 if gated else 4 if outputs >= _WIDE else 8
+    if itemsize == 1:
+        return Tiling(64, math.gcd(inputs, 256 if rows <= 32 else 128), stages, 4)
+    return Tiling(64, 128, stages, 4)
+
+
 @triton.jit
 def _few_rows(
-    x, weight, added, y, rows, outputs, inputs, x_row, weight_row, added_row, y_row,
+    x, weight, scale, added, y, rows, outputs, inputs, x_row, weight_row, added_row, y_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-    ADDED: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, FLOAT8: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTPUTS outputs of all rows."""
+    """One program: OUTPUTS outputs of all rows. A scaled weight is in words of two numbers."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS)
     exists, asked = output < outputs, row < rows
     acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up = tl.zeros([OUTPUTS, ROWS], tl.float32)
     band = weight + output[:, None].to(tl.int64) * weight_row
+    given = x + row[None, :] * x_row
+    item = tl.arange(0, INPUTS // 2 if SCALED else INPUTS)
     for start in range(0, inputs, INPUTS):
-        at = start + tl.arange(0, INPUTS)
-        # The weight stands on the left: it has the many rows that tensor cores want.
-        part = tl.load(band + at[None, :], exists[:, None], 0.0, eviction_policy="evict_first")
-        given = tl.load(x + row[None, :] * x_row + at[:, None], asked[None, :], 0.0)
-        acc += tl.dot(part, given, input_precision="ieee")
+        at = (start // 2 if SCALED else start) + item
+        part = tl.load(band + at[None, :], exists[:, None], eviction_policy="evict_first")
+        first = start + (first_input(item) if SCALED else item)
+        low = tl.load(given + first[:, None], asked[None, :], 0.0)
+        high = low
+        if SCALED:
+            high = tl.load(given + first[:, None] + 16, asked[None, :], 0.0)
+        acc = _plus(acc, part, low, high, SCALED, FLOAT8, INTERPRETED)
         if GATED:
             second = band + outputs.to(tl.int64) * weight_row + at[None, :]
-            part = tl.load(second, exists[:, None], 0.0, eviction_policy="evict_first")
-            up += tl.dot(part, given, input_precision="ieee")
+            part = tl.load(second, exists[:, None], eviction_policy="evict_first")
+            up = _plus(up, part, low, high, SCALED, FLOAT8, INTERPRETED)
+    if SCALED:
+        acc *= tl.load(scale + output, exists, 0.0)[:, None]
+        if GATED:
+            up *= tl.load(scale + outputs + output, exists, 0.0)[:, None]
     if GATED:
         acc = acc / (1 + tl.exp(-acc)) * up
     place = exists[:, None] & asked[None, :]
@@ -67,6 +108,23 @@ def _few_rows(
         acc += tl.load(more, place, 0.0).to(tl.float32)
     target = y + row[None, :] * y_row + output[:, None]
     tl.store(target, acc.to(y.dtype.element_ty), place)
+
+
+@triton.jit
+def _plus(
+    acc, part, low, high,
+    SCALED: tl.constexpr, FLOAT8: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Add the product of a tile of the weight and what it meets of x."""
+    # The weight stands on the left: it has the many rows that tensor cores want.
+    if SCALED:
+        lower = numbers(part, False, FLOAT8, INTERPRETED).to(low.dtype)
+        acc += tl.dot(lower, low, input_precision="ieee")
+        upper = numbers(part, True, FLOAT8, INTERPRETED).to(low.dtype)
+        acc += tl.dot(upper, high, input_precision="ieee")
+    else:
+        acc += tl.dot(part, low, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -81,13 +139,16 @@ def _gate(x, y, width, WIDTH: tl.constexpr):  # fmt: skip
 
 
 @torch.library.custom_op("attndrop::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
-    """Return x @ weight.T + added.
+def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """Return x @ (weight * scale).T + added.
 
-    x is [rows, inputs], weight [outputs, inputs], added None, [outputs] or [rows, outputs].
+    x is [rows, inputs], weight [outputs, inputs], added None, [outputs] or [rows, outputs]. With
+    a weight of eight bits, interleaved as packing.py says, goes its scale, [outputs] in float32.
     """
     if _suits(x, weight):
-        return _multiply(x, weight, added, gated=False)
+        return _multiply(x, weight, added, scale, gated=False)
+    if scale is not None:
+        return many_rows.scaled_linear(x, weight, added, scale)
     if added is None or added.dim() == 1:
         return functional.linear(x, weight, added)
     return torch.addmm(added, x, weight.t())
@@ -99,13 +160,15 @@ def _linear_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
 
 
 @torch.library.custom_op("attndrop::gated", mutates_args=())
-def gated(x: Tensor, weight: Tensor) -> Tensor:
-    """Return silu(g) * u, where g and u are the halves of x @ weight.T.
+def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return silu(g) * u, where g and u are the halves of x @ (weight * scale).T.
 
-    x is [rows, inputs], weight [2 * outputs, inputs].
+    x is [rows, inputs], weight [2 * outputs, inputs], scale as in `linear`.
     """
     if _suits(x, weight):
-        return _multiply(x, weight, None, gated=True)
+        return _multiply(x, weight, None, scale, gated=True)
+    if scale is not None:
+        return gate(many_rows.scaled_linear(x, weight, None, scale))
     return gate(functional.linear(x, weight))
 
 
@@ -128,33 +191,36 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     Measured by benchmarks/products.py for weights of 4096 to 128256 outputs.
     """
     rows, (outputs, inputs) = x.shape[0], weight.shape
-    suits = x.dtype.itemsize == 2 and inputs % 256 == 0 and outputs >= _FEWEST_OUTPUTS
-    if not suits or x.stride(1) != 1 or weight.stride(1) != 1:
+    if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
+        return False
+    if weight.dtype.itemsize == 1:
+        return rows <= _MOST_ROWS_OF_EIGHT_BITS
+    if inputs % 256 or outputs < _FEWEST_OUTPUTS:
         return False
     return rows <= (_MOST_ROWS if outputs >= _WIDE else _MOST_ROWS_OF_NARROW)
 
 
-def _multiply(x: Tensor, weight: Tensor, added: Tensor | None, *, gated: bool) -> Tensor:
+def _multiply(
+    x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None, *, gated: bool
+) -> Tensor:
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     more = y if added is None else added.expand(rows, outputs)
     padded = max(16, triton.next_power_of_2(rows))
-    _few_rows[(triton.cdiv(outputs, _TILE[0]),)](
-        x, weight, more, y, rows, outputs, inputs,
-        x.stride(0), weight.stride(0), more.stride(0), y.stride(0),
-        padded, *_TILE, added is not None, gated,
-        num_warps=4, num_stages=_stages(x.device, outputs, padded, x.dtype.itemsize, gated),
+    tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
+    at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
+    room = _shared_memory(x.device) // (tile.inputs * (at_once + padded * x.dtype.itemsize))
+    items = weight if scale is None else weight.view(torch.int16)
+    _few_rows[(triton.cdiv(outputs, tile.outputs),)](
+        x, items, y if scale is None else scale, more, y, rows, outputs, inputs,
+        x.stride(0), items.stride(0), more.stride(0), y.stride(0),
+        padded, tile.outputs, tile.inputs,
+        scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
+        x.device.type == "cpu",
+        num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
     )  # fmt: skip
     return y
-
-
-def _stages(device: torch.device, outputs: int, rows: int, itemsize: int, gated: bool) -> int:
-    """Return how many steps' tiles are on their way at once: as many as there is room for."""
-    outputs_at_once = 2 * _TILE[0] if gated else _TILE[0]
-    step_bytes = (outputs_at_once + rows) * _TILE[1] * itemsize
-    wanted = _STAGES_OF_NARROW if outputs < _WIDE else _STAGES
-    return max(2, min(_GATED_STAGES if gated else wanted, _shared_memory(device) // step_bytes))
 
 
 @lru_cache

@@ -17,6 +17,8 @@ from pruning.projections import merge_projections
 from server.engine.attention.operator import OperatorAttend
 from server.engine.batch import Batch
 from server.engine.compiling import Products, compile_layers
+from server.engine.eight_bits import KINDS, Kind, quantise
+from tests.engine.eight_bits import round_weights
 from tests.engine.tiny_engine import LAYERS, wrapped
 from tests.pruning.tiny_models import tiny_model
 
@@ -61,11 +63,9 @@ def logits(base: BaseModel, attend: Attend, rows: int, attending: Sequence[int])
     return output.logits.double().cpu()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_compiled_layers_are_as_exact_as_the_familys_own_code(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch._dynamo.reset()  # what earlier tests compiled would do here, and leave nothing to watch
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
+    """Return a list that will hold what each compiled graph calls, how often."""
+    torch._dynamo.reset()  # what earlier tests compiled would leave nothing to watch
     graphs: list[Counter[str]] = []
 
     class Watched(Products):
@@ -74,6 +74,14 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
             graphs.append(Counter(str(node.target) for node in graph.nodes))
 
     monkeypatch.setattr("server.engine.compiling.Products", Watched)
+    return graphs
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compiled_layers_are_as_exact_as_the_familys_own_code(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = watched(monkeypatch)
     exact, plain, fast = (
         wrapped(tiny_model(family, layers=LAYERS).to(DEVICE, dtype))  # type: ignore[arg-type]
         for dtype in (torch.float64, torch.bfloat16, torch.bfloat16)
@@ -95,3 +103,33 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
         assert products == 4 * graph["attndrop.attend.default"]
         assert graph["aten.mm.default"] == graph["aten.addmm.default"] == 0
         assert graph["attndrop.gated.default"] == (1 if family == "llama" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_layers_read_eight_bits(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, so that gates are found; in float16, which Triton's interpreter knows."""
+    graphs = watched(monkeypatch)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    exact, plain, fast = (
+        wrapped(tiny_model(layers=LAYERS).to(DEVICE, dtype))  # type: ignore[arg-type]
+        for _ in range(3)
+    )
+    exact.model.double()  # of weights that were rounded to 16 bits: all have the same bytes
+    for base in (exact, plain):
+        round_weights(base.model, kind)
+    quantise(fast.model, kind)
+    assert merge_projections(fast.model) == 0
+    compile_layers(fast.model)
+    backend = Dense()
+    for rows, attending in STEPS:
+        expected = logits(exact, CausalAttention(), rows, attending)
+        allowed = (logits(plain, CausalAttention(), rows, attending) - expected).norm()
+        with torch.compiler.config.patch(force_disable_caches=True):
+            got = (logits(fast, OperatorAttend(backend), rows, attending) - expected).norm()
+        assert got < 1.5 * allowed
+    assert graphs
+    for graph in graphs:
+        if layers := graph["attndrop.attend.default"]:
+            assert graph["attndrop.linear.default"] == 3 * layers  # qkv, o, down
+        assert graph["aten.mm.default"] == graph["aten.addmm.default"] == 0
+    assert sum(graph["attndrop.gated.default"] for graph in graphs) > 0

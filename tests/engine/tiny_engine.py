@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +29,9 @@ from server.engine.request import (
 )
 from server.engine.scheduler import Limits
 from tests.pruning.tiny_models import tiny_model, tiny_tokenizer
+
+if TYPE_CHECKING:
+    from server.engine.eight_bits import Kind
 
 LAYERS = 4
 PAGE_TOKENS = 16
@@ -136,13 +140,20 @@ def fast_engine(
     limits: Limits | None = None,
     substitutes: Substitutes | None = None,
     kv_cache_dtype: KvCacheDtype = "auto",
+    weights: Kind | None = None,
+    eager: bool = False,
 ) -> Engine:
     """Return a started float32 engine on the paged backend, with recorded decode steps.
 
-    On a GPU if there is one, with compiled layers; else in Triton's interpreter.
+    On a GPU if there is one, with compiled layers; else in Triton's interpreter. `weights` puts
+    them into eight bits.
     """
     model = tiny_model(family, layers=variants.layers)
     base = wrapped(model.to("cuda") if torch.cuda.is_available() else model)  # type: ignore[arg-type]
+    if weights is not None:
+        from server.engine import eight_bits  # needs Triton, which not all engines here do
+
+        eight_bits.quantise(base.model, weights)
     if substitutes is not None:
         substitutes.attach(base, substitutes.by_layer)
     config = EngineConfig(
@@ -150,6 +161,7 @@ def fast_engine(
         kv_cache_bytes=pages * _page_bytes(base, variants, kv_cache_dtype),
         attention="paged",
         kv_cache_dtype=kv_cache_dtype,
+        enforce_eager=eager,
     )
     engine = build_engine(base, variants, config)
     engine.start()
