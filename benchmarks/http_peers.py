@@ -75,8 +75,12 @@ class HttpPeer:
     """Finds in its log the mebibytes that its KV cache takes from start to end."""
 
 
-def llama_cpp(work: Work, port: int) -> HttpPeer:
-    """Return llama.cpp's server, with as many slots as requests are in flight."""
+def llama_cpp(work: Work, port: int, *, repacks: bool = True) -> HttpPeer:
+    """Return llama.cpp's server, with as many slots as requests are in flight.
+
+    It crashes where a processor says that it has AMX and the kernel does not allow it, unless it
+    leaves weights as they are in the file (not `repacks`).
+    """
     file = gguf_file(work.model)
     if file is None:
         raise MissingPeerError(f"llama.cpp reads GGUF files and {work.model} is none")
@@ -91,9 +95,11 @@ def llama_cpp(work: Work, port: int) -> HttpPeer:
         "--cache-ram": 0,
         "--log-verbosity": 4,  # at which the size of the KV cache is said
     }
-    flags = ("--no-cache-prompt", "--no-kv-unified", "--no-ui")
+    flags = ["--no-cache-prompt", "--no-kv-unified", "--no-ui"]
+    if not repacks:
+        flags.append("--no-repack")
     return HttpPeer(
-        "llama.cpp",
+        "llama.cpp" if repacks else "llama.cpp --no-repack",
         (_installed("llama-server", "llama-server"), *_spelled(options), *flags),
         Endpoint(_url(port), body={"ignore_eos": True, "cache_prompt": False}),
         kv_pattern=_LLAMA_KV,
@@ -168,6 +174,7 @@ def transformers_serve(work: Work, port: int) -> HttpPeer:
 
 PEERS: Mapping[str, Callable[[Work, int], HttpPeer]] = {
     "llama.cpp": llama_cpp,
+    "llama.cpp-no-repack": partial(llama_cpp, repacks=False),
     "vllm": vllm,
     "transformers-serve": transformers_serve,
 }
