@@ -1,10 +1,11 @@
-"""What linear substitutes cost a decode step: the pruned variant with and without them.
+"""What dropping attention gives a decode step, and what linear substitutes cost it.
 
     python -m benchmarks.substitutes --drop 50% --kind linear --batch 1,8 --context 64,2048
     python -m benchmarks.substitutes --shape llama-3-8b --kind linear:256         # on a GPU
 
-Speed alone is measured, so the maps are random. Engines with and without them are built in turns
-on models made anew, since a GPU records what a step does; the ratio is of the medians. The model is
+The full variant, the pruned one, and the pruned one with substitutes. Speed alone is measured, so
+the maps are random. Engines with and without them are built in turns on models made anew, since a
+GPU records what a step does; ratios are of the medians. The model is
 served as it would be by default: on a CPU in four bits where the checkpoint allows it, with
 compiled layers.
 """
@@ -37,7 +38,7 @@ from pruning.substitutes import (
     Substitutes,
     parse_substitutes,
 )
-from pruning.variants import Variants
+from pruning.variants import FULL, Variants
 from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
@@ -53,8 +54,14 @@ class Row:
 
     batch: int
     context: int
+    full: float
     plain: float
     substituted: float
+
+    @property
+    def faster(self) -> float:
+        """Return the full variant's time over that of the pruned one without substitutes."""
+        return self.full / self.plain
 
     @property
     def slower(self) -> float:
@@ -82,16 +89,16 @@ def main(
     where, weights = device_and_dtype("auto", "auto")
     load = (lambda: random_base(shape, weights, where)) if shape else (lambda: _served(model))
     cells = [(int(b), int(c)) for c in context.split(",") for b in batch.split(",")]
-    times: dict[bool, dict[Cell, list[float]]] = {w: {c: [] for c in cells} for w in (False, True)}
+    times: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cells}
     described = ""
     for turn in track(range(2 * repeats), description="measuring"):
-        with_them = turn % 2 == 1
-        found, text = _turn(load, drop, wanted if with_them else None, cells)
+        found, text = _turn(load, drop, wanted if turn % 2 else None, cells)
         described = text or described
         for cell, seconds in found.items():
-            times[with_them][cell].append(seconds)
+            for what, value in seconds.items():
+                times[cell].setdefault(what, []).append(value)
     rows = [
-        Row(*cell, statistics.median(times[False][cell]), statistics.median(times[True][cell]))
+        Row(*cell, **{what: statistics.median(each) for what, each in times[cell].items()})
         for cell in cells
     ]
     _print(rows, f"{shape or model}, {drop} dropped: {described}")
@@ -111,15 +118,20 @@ def _served(model: str) -> BaseModel:
 
 def _turn(
     load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None, cells: list[Cell]
-) -> tuple[dict[Cell, float], str]:
-    """Return the seconds of a step in each cell, and what the substitutes take."""
+) -> tuple[dict[Cell, dict[str, float]], str]:
+    """Return the seconds of a step in each cell, by what is measured, and what the substitutes
+    take."""
     base, variants, described = passing(lambda: _prepared(load, drop, kind))
     most = max(count for count, _ in cells)
     config = EngineConfig(limits_for(most, base.device, None))
     with running(base, variants, config) as engine:
+        measured = {"full": FULL, "plain": PRUNED} if kind is None else {"substituted": PRUNED}
         decode(engine, {PRUNED: most}, 32, 8)
         found = {
-            (count, tokens): decode(engine, {PRUNED: count}, tokens, _STEPS).step_seconds
+            (count, tokens): {
+                what: decode(engine, {variant: count}, tokens, _STEPS).step_seconds
+                for what, variant in measured.items()
+            }
             for count, tokens in cells
         }
     return found, described
@@ -153,13 +165,16 @@ def _random_map(base: BaseModel, kind: SubstituteKind) -> LinearSubstitute:
 
 def _print(rows: list[Row], title: str) -> None:
     table = Table(title=title)
-    for name in ("batch", "context", "dropped, ms", "with substitutes, ms", "slower by"):
+    headings = ("full, ms", "dropped, ms", "full over it", "with substitutes, ms", "slower by")
+    for name in ("batch", "context", *headings):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             str(row.batch),
             str(row.context),
+            f"{row.full * 1e3:.2f}",
             f"{row.plain * 1e3:.2f}",
+            f"{row.faster:.2f}",
             f"{row.substituted * 1e3:.2f}",
             f"{row.slower - 1:.1%}",
         )
