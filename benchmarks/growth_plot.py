@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 300, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 34, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 34, 44
 _COLOURS = ("#1f6f8b", "#c8553d")
 _STYLE = (
     "text{font:11px sans-serif;fill:#444}.title{font-weight:bold}.grid{stroke:#ddd}"
