@@ -174,7 +174,7 @@ def test_scores_do_not_depend_on_the_chunks(chunk: int) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"] if torch.cuda.is_available() else ["gemma2"])
 def test_the_fast_path_gives_the_tokens_of_rounded_keys(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
