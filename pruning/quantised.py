@@ -39,8 +39,8 @@ _FEW_HEAD_ROWS = 6
 _EXACT = 1e-6
 
 
-EightBitProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of inputs [rows, width], levels [outputs, width] and scales [outputs], as [rows, outputs]."""
+QuantisedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of inputs [rows, width], levels and scales, as [rows, outputs]."""
 
 
 class QuantisationError(ValueError):
@@ -89,6 +89,11 @@ class FourBitLinear(nn.Module):
             bits.expanded().bfloat16(),
             None if bias is None else bias.bfloat16(),
         )
+        self._product: QuantisedProduct = four_bit_product
+
+    def compute_by(self, product: QuantisedProduct) -> None:
+        """Let another function compute products of few rows."""
+        self._product = product
 
     @property
     def step_bytes(self) -> int:
@@ -120,9 +125,7 @@ class FourBitLinear(nn.Module):
         rows = inputs.reshape(-1, self.in_features)
         if rows.shape[0] > FEW_ROWS:
             return functional.linear(inputs, packed.bfloat16, packed.bias)
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, packed.four_bits, GROUP, packed.scales_and_zeros
-        )
+        out = self._product(rows, packed.four_bits, packed.scales_and_zeros)
         out = out.reshape(*inputs.shape[:-1], self.out_features)
         return out if packed.bias is None else out + packed.bias
 
@@ -135,14 +138,14 @@ class EightBitHead(nn.Module):
         self.weight = head.weight  # tied to the embedding in many models
         self.bias = head.bias
         self._eight_bits = _eight_bits(head.weight)
-        self._product: EightBitProduct = eight_bit_product
+        self._product: QuantisedProduct = eight_bit_product
 
     @property
     def step_bytes(self) -> int:
         """Bytes that a product of few rows reads."""
         return sum(tensor.nbytes for tensor in self._eight_bits)
 
-    def compute_by(self, product: EightBitProduct) -> None:
+    def compute_by(self, product: QuantisedProduct) -> None:
         """Let another function compute products of few rows."""
         self._product = product
 
@@ -196,6 +199,15 @@ class SharedPart(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.product.of(inputs)[..., self._start : self._end]
+
+
+def four_bit_product(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """torch's kernel: inputs [rows, width] times levels packed by torch, with
+    [width / GROUP, outputs, 2] scales and zeros."""
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        inputs, packed, GROUP, scales_and_zeros
+    )
+    return product
 
 
 def eight_bit_product(inputs: Tensor, levels: Tensor, scales: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from server.engine.attention.eight_bits import E4M3
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
-from server.engine.native import NativeFunctions, native_functions
+from server.engine.native import NativeFunctions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
 from server.engine.scheduler import Limits, Scheduler
@@ -207,11 +207,10 @@ def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
             "compiling layers in the background, which speeds up decoding and is kept in %s", folder
         )
         layers.compile_in_background()
-    native = native_functions(folder)
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if native is not None and isinstance(head, EightBitHead):
-        head.compute_by(native.eight_bit_product)
-    return native
+    if layers.native is not None and isinstance(head, EightBitHead):
+        head.compute_by(layers.native.eight_bit_product)
+    return layers.native
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

@@ -1,6 +1,7 @@
-// What a decode step on a CPU spends most of its time around, as single calls: attention of
-// sequences with one row over bfloat16 pages, and a head's product with weights in eight bits.
-// Plain loops that a compiler puts into vector instructions; native.py compiles and calls this file.
+// What a decode step on a CPU computes, as single calls: attention of sequences with one row over
+// bfloat16 pages, a head's product with weights in eight bits, and layers' products with weights in
+// four. For AVX-512; native.py compiles and calls this file. The last one is called by the compiled
+// functions of ahead.py, through torch's stable C interface.
 
 #include <immintrin.h>
 
@@ -186,7 +187,7 @@ extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_
                             Bfloat16* out, Index heads, float scaling, float softcap, Index window,
                             const Pages* pages, Index rows, const Index* slots,
                             const std::int32_t* table, const Index* table_starts,
-                            const Index* lengths, Index threads) {
+                            const Index* lengths) {
   write({key, key_row, key_head}, pages->keys, *pages, slots, rows);
   write({value, value_row, value_head}, pages->values, *pages, slots, rows);
   const Form form{heads, scaling, softcap, window};
@@ -200,11 +201,11 @@ extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_
   };
   Index elements = 0;
   for (Index row = 0; row < rows; ++row) elements += lengths[row] * kv_heads * pages->dim;
-  if (threads == 1 || elements < kSerial) {
+  if (elements < kSerial) {
     for (Index item = 0; item < rows * kv_heads; ++item) one(item);
     return;
   }
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic)
   for (Index item = 0; item < rows * kv_heads; ++item) one(item);
 }
 
@@ -212,10 +213,10 @@ extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_
 // outputs come in multiples of kOutputs and width in multiples of kLanes.
 extern "C" void eight_bit_product(const Bfloat16* inputs, const std::int8_t* levels,
                                   const Bfloat16* scales, Bfloat16* out, Index rows, Index outputs,
-                                  Index width, Index threads) {
+                                  Index width) {
   std::vector<float> numbers(rows * width);
   expand(inputs, width, rows, width, numbers.data());
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static)
   for (Index output = 0; output < outputs; output += kOutputs) {
     const std::int8_t* weights = levels + output * width;
     for (Index row = 0; row < rows; ++row) {
@@ -237,3 +238,140 @@ extern "C" void eight_bit_product(const Bfloat16* inputs, const std::int8_t* lev
     }
   }
 }
+
+#ifdef __AVX512BF16__
+
+namespace {
+
+constexpr Index kGroup = 32;  // inputs that share a scale and a zero
+constexpr Index kColumns = 64;  // outputs that torch packs together
+constexpr Index kRows = 4;  // rows that share one pass over the weights
+constexpr Index kFurther = 2048;  // as kAhead, for weights in four bits
+
+// The first or second halves of two vectors. Pairing the bytes of two inputs within 128 bits leaves
+// outputs 0 to 7 and 16 to 23 in one vector, 8 to 15 and 24 to 31 in the next.
+inline __m512 halves(__m512 a, __m512 b, bool second) {
+  return second ? _mm512_shuffle_f32x4(a, b, 0xEE) : _mm512_shuffle_f32x4(a, b, 0x44);
+}
+
+// The product of some rows with kColumns outputs. A level q is put into the bfloat16 number
+// 128 + q, whose last bits are q; the 128 is taken back with the sum of the inputs:
+//   sum x * ((q - 8) * scale + zero) = scale * sum x * (128 + q) + (zero - 136 * scale) * sum x
+template <int kCount>
+void four_bit_block(const Bfloat16* inputs, const float* sums, Index width,
+                    const std::uint8_t* packed, const Bfloat16* scales, Index outputs,
+                    Bfloat16* out) {
+  const __m512i nibble = _mm512_set1_epi16(0x000f), base = _mm512_set1_epi16(0x4300);
+  const Index groups = width / kGroup;
+  __m512 totals[kCount][4];
+  for (auto& row : totals)
+    for (__m512& total : row) total = _mm512_setzero_ps();
+  for (Index group = 0; group < groups; ++group) {
+    __m512 parts[kCount][4];
+    for (auto& row : parts)
+      for (__m512& part : row) part = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (Index k = group * kGroup; k < (group + 1) * kGroup; k += 2) {
+      const std::uint8_t* place = packed + k * kColumns / 2;
+      _mm_prefetch(place + kFurther, _MM_HINT_T0);
+      const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place));
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place) + 1);
+      const __m512i low = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(one, two));
+      const __m512i high = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(one, two));
+      const __m512bh levels[] = {
+          (__m512bh)_mm512_ternarylogic_epi32(low, nibble, base, 0xEA),  // (a & b) | c
+          (__m512bh)_mm512_ternarylogic_epi32(high, nibble, base, 0xEA),
+          (__m512bh)_mm512_or_si512(_mm512_srli_epi16(low, 4), base),
+          (__m512bh)_mm512_or_si512(_mm512_srli_epi16(high, 4), base)};
+#pragma GCC unroll 4
+      for (int row = 0; row < kCount; ++row) {
+        std::int32_t pair;
+        std::memcpy(&pair, inputs + row * width + k, sizeof pair);
+        for (int i = 0; i < 4; ++i)
+          parts[row][i] =
+              _mm512_dpbf16_ps(parts[row][i], levels[i], (__m512bh)_mm512_set1_epi32(pair));
+      }
+    }
+    const Bfloat16* pairs = scales + group * outputs * 2;  // of scale and zero, by output
+    for (int i = 0; i < 4; ++i) {
+      const Bfloat16* two = pairs + i / 2 * kColumns;
+      const __m512i both = _mm512_castps_si512(
+          halves(_mm512_loadu_ps(two), _mm512_loadu_ps(two + kColumns / 2), i % 2));
+      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      const __m512 zero =
+          _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), both));
+      const __m512 shift = _mm512_fnmadd_ps(_mm512_set1_ps(136.0f), scale, zero);
+      for (int row = 0; row < kCount; ++row) {
+        const __m512 sum = _mm512_set1_ps(sums[row * groups + group]);
+        totals[row][i] = _mm512_fmadd_ps(scale, parts[row][i], totals[row][i]);
+        totals[row][i] = _mm512_fmadd_ps(shift, sum, totals[row][i]);
+      }
+    }
+  }
+  for (int row = 0; row < kCount; ++row)
+    for (int i = 0; i < 4; ++i) {
+      const __m512* two = &totals[row][i / 2 * 2];
+      const __m256bh numbers = _mm512_cvtneps_pbh(halves(two[0], two[1], i % 2));
+      std::memcpy(out + row * outputs + i * 16, &numbers, sizeof numbers);
+    }
+}
+
+using Block = void (*)(const Bfloat16*, const float*, Index, const std::uint8_t*, const Bfloat16*,
+                       Index, Bfloat16*);
+constexpr Block kBlocks[] = {four_bit_block<1>, four_bit_block<2>, four_bit_block<3>,
+                             four_bit_block<4>};
+
+// out [rows, outputs] = inputs [rows, width] * weights, as torch packs them for its own kernel.
+void four_bit_product(const Bfloat16* inputs, const std::uint8_t* packed, const Bfloat16* scales,
+                      Bfloat16* out, Index rows, Index outputs, Index width) {
+  const Index groups = width / kGroup;
+  std::vector<float> sums(rows * groups);
+  for (Index i = 0; i < rows * groups; ++i)
+    for (Index k = 0; k < kGroup; ++k) sums[i] += expanded(inputs[i * kGroup + k]);
+#pragma omp parallel for schedule(static)
+  for (Index column = 0; column < outputs; column += kColumns)
+    for (Index row = 0; row < rows; row += kRows)
+      kBlocks[std::min(kRows, rows - row) - 1](
+          inputs + row * width, &sums[row * groups], width, packed + column * width / 2,
+          scales + column * 2, outputs, out + row * outputs + column);
+}
+
+}  // namespace
+
+// torch's stable C interface, of which a status other than 0 is an error.
+extern "C" {
+
+struct AtenTensorOpaque;
+using Tensor = AtenTensorOpaque*;
+std::int32_t aoti_torch_get_data_ptr(Tensor tensor, void** address);
+std::int32_t aoti_torch_get_size(Tensor tensor, std::int64_t dimension, std::int64_t* size);
+std::int32_t aoti_torch_get_stride(Tensor tensor, std::int64_t dimension, std::int64_t* stride);
+std::int32_t aoti_torch_empty_strided(std::int64_t dimensions, const std::int64_t* sizes,
+                                      const std::int64_t* strides, std::int32_t dtype,
+                                      std::int32_t device_type, std::int32_t device_index,
+                                      Tensor* made);
+std::int32_t aoti_torch_dtype_bfloat16();
+std::int32_t aoti_torch_device_type_cpu();
+
+// inputs are [rows, width] and scales [width / kGroup, outputs, 2], all contiguous; outputs come in
+// multiples of kColumns, since torch packs what is left over in another order.
+std::int32_t aoti_torch_cpu_four_bit_rows(Tensor inputs, Tensor packed, Tensor scales, Tensor* out) {
+  Index rows, width, outputs, stride;
+  void *from, *weights, *steps, *to;
+  if (aoti_torch_get_size(inputs, 0, &rows) || aoti_torch_get_size(inputs, 1, &width) ||
+      aoti_torch_get_size(scales, 1, &outputs) || aoti_torch_get_stride(inputs, 0, &stride) ||
+      outputs % kColumns || (rows > 1 && stride != width))
+    return 1;
+  const Index sizes[] = {rows, outputs}, strides[] = {outputs, 1};
+  if (aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_bfloat16(),
+                               aoti_torch_device_type_cpu(), 0, out) ||
+      aoti_torch_get_data_ptr(inputs, &from) || aoti_torch_get_data_ptr(packed, &weights) ||
+      aoti_torch_get_data_ptr(scales, &steps) || aoti_torch_get_data_ptr(*out, &to))
+    return 1;
+  four_bit_product(static_cast<Bfloat16*>(from), static_cast<std::uint8_t*>(weights),
+                   static_cast<Bfloat16*>(steps), static_cast<Bfloat16*>(to), rows, outputs, width);
+  return 0;
+}
+}
+
+#endif

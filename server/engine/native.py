@@ -1,9 +1,10 @@
 """The functions of native.cpp, compiled for this machine when a server first starts and kept.
 
 A decode step on a CPU calls them where torch, or Python around it, takes several times as long as
-the work: attention of single rows over pages, and the head's product with weights in eight bits.
-Knows addresses, shapes and strides; nothing of requests. Without a C++ compiler, or without
-AVX-512, there are no such functions and everything runs as it does without them.
+the work: attention of single rows over pages, the head's product with weights in eight bits, and
+layers' products in four, which layers compiled ahead of time call by themselves. Knows addresses,
+shapes and strides; nothing of requests. Without a C++ compiler, or without AVX-512, there are no
+such functions and everything runs as it does without them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pruning.attention import AttentionForm
-from pruning.quantised import eight_bit_product, runs_here
+from pruning.quantised import eight_bit_product, four_bit_product, runs_here
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,26 @@ class RowTables:
     """int64 [rows]: tokens of each sequence, this one included."""
 
 
+@torch.library.custom_op("attndrop::four_bit_rows", mutates_args=())
+def four_bit_rows(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """The product of few rows with a weight in four bits, which a compiler leaves as it is; a
+    library that it makes calls native.cpp for it, by FOUR_BIT_ROWS."""
+    return four_bit_product(inputs, packed, scales_and_zeros)
+
+
+@four_bit_rows.register_fake
+def _shape(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], scales_and_zeros.shape[1])
+
+
+FOUR_BIT_OUTPUTS = 64
+"""Outputs of such a product come in multiples of this."""
+_FOUR_BITS = "aoti_torch_cpu_four_bit_rows"
+FOUR_BIT_ROWS = f"""AOTITorchError {_FOUR_BITS}(
+    AtenTensorHandle inputs, AtenTensorHandle packed, AtenTensorHandle scales, AtenTensorHandle* out
+)"""
+
+
 class NativeFunctions:
     """What native.cpp computes. Threads are those that torch uses in the calling thread."""
 
@@ -87,18 +109,21 @@ class NativeFunctions:
         """Raises:
         OSError: the library cannot be loaded.
         """
-        loaded = ctypes.CDLL(str(library))
+        # Global, so that compiled layers find their products in it.
+        loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        self.name = library.name
+        """Says all that decides what is computed."""
+        self.has_four_bits = hasattr(loaded, _FOUR_BITS)
         self._attend = loaded.attend_rows
         self._attend.restype = None
         self._attend.argtypes = (
             *(*_Strided, *_Strided, *_Strided, _Address),
             *(_Count, ctypes.c_float, ctypes.c_float, _Count),
-            *(ctypes.POINTER(_Pages), _Count, _Address, _Address, _Address, _Address, _Count),
+            *(ctypes.POINTER(_Pages), _Count, _Address, _Address, _Address, _Address),
         )
         self._product = loaded.eight_bit_product
         self._product.restype = None
-        self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 4)
-        self._threads = torch.get_num_threads()
+        self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
 
     def attend(
         self,
@@ -128,7 +153,6 @@ class NativeFunctions:
             tables.table,
             tables.table_starts,
             tables.lengths,
-            self._threads,
         )
         return out
 
@@ -143,7 +167,7 @@ class NativeFunctions:
         out = inputs.new_empty(rows, outputs)
         self._product(
             *(tensor.data_ptr() for tensor in (inputs, levels, scales, out)),
-            *(rows, outputs, width, self._threads),
+            *(rows, outputs, width),
         )
         return out
 
@@ -160,18 +184,19 @@ def native_functions(folder: Path) -> NativeFunctions | None:
     not run or cannot be compiled."""
     if not runs_here(torch.device("cpu")):
         return None
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:24]
-    path = folder / f"native-{key}.so"
+    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    made_of = (_SOURCE.read_text(), flags, torch.__version__)
+    path = folder / f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
     try:
         if not path.exists():
-            _compile(path)
+            _compile(path, flags)
         return NativeFunctions(path)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("attention and head run without native functions, slower: %s", error)
         return None
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, flags: Sequence[str]) -> None:
     """Compile native.cpp and write it atomically.
 
     Raises:
@@ -180,24 +205,14 @@ def _compile(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = str(Path(folder) / path.name)
-        # S603: the compiler is whoever runs the server's choice.
-        subprocess.run(  # noqa: S603
-            [
-                os.environ.get("CXX", "g++"),
-                *_FLAGS,
-                "-Wl,--as-needed",
-                str(_SOURCE),
-                *_openmp(),
-                "-o",
-                made,
-            ],
-            check=True,
-            capture_output=True,
-            timeout=_PATIENCE,
-        )
+        command = [os.environ.get("CXX", "g++"), *flags, str(_SOURCE), *_libraries(), "-o", made]
+        # The compiler is the choice of whoever runs the server.
+        subprocess.run(command, check=True, capture_output=True, timeout=_PATIENCE)  # noqa: S603
         os.replace(made, path)
 
 
-def _openmp() -> list[str]:
-    """Return torch's own OpenMP library, whose threads are there and wait for work."""
-    return [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libgomp*")]
+def _libraries() -> list[str]:
+    """Return torch and its own OpenMP library, whose threads are there and wait for work."""
+    folder = Path(torch.__file__).parent / "lib"
+    found = [*folder.glob("libtorch_cpu.so"), *folder.glob("libgomp*")]
+    return ["-Wl,--as-needed", *map(str, found)]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pruning.attention import AttentionForm
-from pruning.quantised import EightBitHead, quantise, runs_here
+from pruning.quantised import GROUP, EightBitHead, FourBitLinear, four_bits, quantise, runs_here
 from pruning.variants import Variants
+from server.engine.ahead import MOST_ROWS, _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
-from server.engine.native import NativeFunctions, native_functions
+from server.engine.native import NativeFunctions, four_bit_rows, native_functions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
 from server.engine.scheduler import Limits, Scheduler
@@ -102,7 +103,7 @@ def test_single_rows_equal_sdpa(
         request.output.append(7)
     batch = build_batch(scheduler.schedule(), variants, layout)
     assert len(batch.token_ids) == len(batch.sequences)
-    compare(backend, reference, batch, form, 2e-3)  # rounded once
+    compare(backend, reference, batch, form, 2**-8)  # rounded once
     assert torch.equal(pool.double(), exact), "keys and values are where they belong"
 
 
@@ -118,6 +119,35 @@ def test_products_in_eight_bits_are_those_of_float64(
     got = native.eight_bit_product(inputs, levels, scales)
     expected = inputs.double() @ levels.double().T * scales.double()
     torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=0.05)
+
+
+class FourBitProduct(torch.nn.Module):
+    """The product that compiled layers call."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        inputs, packed, scales_and_zeros = tensors
+        return four_bit_rows(inputs[0], packed, scales_and_zeros)[None]
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(96, 128), (64, 64)])
+def test_products_in_four_bits_are_those_of_float64(
+    native: NativeFunctions, tmp_path: Path, width: int, outputs: int
+) -> None:
+    if not native.has_four_bits:
+        pytest.skip("products in four bits need AVX512_BF16")
+    bits = four_bits(torch.randn(outputs, width))
+    step_tensors = FourBitLinear(bits, None).step_tensors
+    scales, zeros = step_tensors[1].double().transpose(0, 1).unbind(-1)
+    levels = bits.levels.double().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
+    weight = ((levels - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+    path = tmp_path / "product.pt2"
+    _compile(FourBitProduct(), [torch.randn(1, 3, width).bfloat16()], step_tensors, path, 2)
+    function = _load(path)
+    for count in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(1, count, width).bfloat16()
+        got = function([inputs, *step_tensors])[0].double()
+        expected = inputs.double() @ weight.T
+        torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-4)
 
 
 def answers(folder: Path | None) -> list[list[int]]:
