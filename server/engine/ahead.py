@@ -43,6 +43,13 @@ from pruning import quantised, sublayers
 from pruning.attention import Attend, AttentionForm
 from pruning.quantised import FEW_ROWS, four_bit_layers, runs_here
 from pruning.sublayers import WrappedLayer, watching_layers
+from server.engine.native import (
+    FOUR_BIT_OUTPUTS,
+    FOUR_BIT_ROWS,
+    NativeFunctions,
+    four_bit_rows,
+    native_functions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,18 +70,19 @@ class CompiledLayers:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         """Let every layer run by what `folder` has for it; the rest is `missing`."""
+        self.native = native_functions(folder)
         self._folder = folder
         self._threads = torch.get_num_threads()
         self._missing: dict[str, _Missing] = {}
         forms: dict[str, list[_Example]] = {}
-        machine = _machine()
+        machine = _machine(self.native)
         for example in _examples(model):
             forms.setdefault(_form(example.layer, machine), []).append(example)
         for form, examples in forms.items():
             if all((folder / form / f"{name}.pt2").exists() for name in _Functions.names()):
                 self._install(form, examples)
             else:
-                self._missing[form] = _Missing.of(examples)
+                self._missing[form] = _Missing.of(examples, self.native)
 
     @property
     def missing(self) -> int:
@@ -179,9 +187,13 @@ class _Missing:
     traced: _Example
 
     @classmethod
-    def of(cls, examples: Sequence[_Example]) -> _Missing:
-        first = examples[0]
-        return cls(examples, replace(first, layer=copy.deepcopy(first.layer)))
+    def of(cls, examples: Sequence[_Example], native: NativeFunctions | None) -> _Missing:
+        layer = copy.deepcopy(examples[0].layer)
+        if native is not None and native.has_four_bits:
+            for linear in four_bit_layers(layer):
+                if linear.out_features % FOUR_BIT_OUTPUTS == 0:
+                    linear.compute_by(four_bit_rows)
+        return cls(examples, replace(examples[0], layer=layer))
 
 
 def _examples(model: PreTrainedModel) -> list[_Example]:
@@ -330,7 +342,13 @@ def _compile(
             exported,
             package_path=str(Path(folder) / path.name),
             # int4 runs where the instructions are known to be there; checking them takes long.
-            inductor_configs={"cpp.threads": threads, "cpp.vec_isa_ok": runs_here(_CPU) or None},
+            inductor_configs={
+                "cpp.threads": threads,
+                "cpp.vec_isa_ok": runs_here(_CPU) or None,
+                "aot_inductor.custom_ops_to_c_shims": {
+                    torch.ops.attndrop.four_bit_rows.default: [FOUR_BIT_ROWS]
+                },
+            },
         )
         os.replace(written, path)
 
@@ -366,8 +384,8 @@ def _settings(module: nn.Module) -> list[tuple[str, object]]:
     )
 
 
-def _machine() -> tuple[object, ...]:
-    """Return versions and the processor, for which code is made."""
+def _machine(native: NativeFunctions | None) -> tuple[object, ...]:
+    """Return versions, the processor and native functions, for which code is made."""
     sources = [Path(module.__file__ or "") for module in (quantised, sublayers)]
     return (
         torch.__version__,
@@ -375,5 +393,6 @@ def _machine() -> tuple[object, ...]:
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
+        native and native.name,
         [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*sources, Path(__file__)]],
     )

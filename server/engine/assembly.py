@@ -16,11 +16,13 @@ from torch import Tensor
 from pruning.families import context_limit, kv_shape
 from pruning.loading import BaseModel
 from pruning.projections import merge_projections
-from pruning.quantised import four_bit_layers
+from pruning.quantised import EightBitHead, four_bit_layers
 from pruning.variants import Variants
 from server.engine.attention.eight_bits import E4M3
+from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
+from server.engine.native import NativeFunctions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
 from server.engine.scheduler import Limits, Scheduler
@@ -158,9 +160,12 @@ def _runner(
     kv_heads = kv_shape(base.model.config).kv_heads
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
     if choose_attention(config.attention, pool, base.model.dtype) == "sdpa":
+        compiled = None if config.enforce_eager else config.compiled
+        native = None if compiled is None else _use_compiled(base, compiled)
+        if native is not None and pool.dtype == torch.bfloat16:
+            rows = RowsBackend(native, pool, layout, variants, kv_heads)
+            return ModelRunner(base.model, pool, rows, rows, last_tokens, overlaps=False)
         sdpa = SdpaBackend(pool, layout, variants, kv_heads)
-        if config.compiled is not None and not config.enforce_eager:
-            _use_compiled(base, config.compiled)
         overlaps = pool.device.type == "cuda"
         return ModelRunner(base.model, pool, sdpa, sdpa, last_tokens, overlaps=overlaps)
     # Triton exists on GPU machines only.
@@ -189,10 +194,11 @@ def _runner(
     return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)
 
 
-def _use_compiled(base: BaseModel, folder: Path) -> None:
-    """Let layers in four bits run by compiled functions, as soon as there are any."""
+def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
+    """Let layers in four bits run by compiled functions, as soon as there are any, and their head
+    by native ones, which are returned if there are any."""
     if not four_bit_layers(base.model):
-        return
+        return None
     from server.engine.ahead import CompiledLayers  # brings much of torch along
 
     layers = CompiledLayers(base.model, folder)
@@ -201,6 +207,10 @@ def _use_compiled(base: BaseModel, folder: Path) -> None:
             "compiling layers in the background, which speeds up decoding and is kept in %s", folder
         )
         layers.compile_in_background()
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if layers.native is not None and isinstance(head, EightBitHead):
+        head.compute_by(layers.native.eight_bit_product)
+    return layers.native
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

@@ -1,0 +1,377 @@
+// What a decode step on a CPU computes, as single calls: attention of sequences with one row over
+// bfloat16 pages, a head's product with weights in eight bits, and layers' products with weights in
+// four. For AVX-512; native.py compiles and calls this file. The last one is called by the compiled
+// functions of ahead.py, through torch's stable C interface.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using Bfloat16 = std::uint16_t;
+using Index = std::int64_t;
+
+constexpr Index kBlock = 16;  // tokens whose keys or values are expanded to float at one time
+constexpr Index kOutputs = 4;  // computed side by side, so that sums do not wait for each other
+constexpr Index kAhead = 4608;  // bytes that are asked for before they are needed
+constexpr Index kSerial = 1 << 18;  // key elements below which a second thread costs more
+
+inline float expanded(Bfloat16 value) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(value) << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+inline Bfloat16 rounded(float number) {  // to nearest, ties to even
+  std::uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  if (number != number) return 0x7fc0;
+  return static_cast<Bfloat16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// 2^x, for x <= 0, with a relative error below 2e-7: Cephes' polynomial for the fraction.
+inline float power_of_two(float x) {
+  x = std::max(x, -126.0f);
+  const float whole = static_cast<float>(static_cast<std::int32_t>(x - 0.5f));
+  const float f = x - whole;
+  float p = 1.535336188319500e-4f;
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+constexpr Index kLanes = 16;
+
+inline float dot(const float* a, const float* b, Index count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (Index i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void expand(const Bfloat16* from, Index stride, Index rows, Index width, float* to) {
+  for (Index row = 0; row < rows; ++row) {
+#pragma omp simd
+    for (Index i = 0; i < width; ++i) to[row * width + i] = expanded(from[row * stride + i]);
+  }
+}
+
+// Query, key or value rows, [rows, heads, dim].
+struct Rows {
+  const Bfloat16* numbers;
+  Index row_stride, head_stride;
+};
+
+struct Form {
+  Index heads;
+  float scaling, softcap;  // no softcap: 0
+  Index window;            // sees everything: 0
+};
+
+// One layer's pages: [pages, tokens, kv_heads, dim], where a token's heads lie side by side.
+struct Pages {
+  Bfloat16 *keys, *values;
+  Index page_stride, tokens, kv_heads, dim;
+};
+
+struct Sequence {
+  const std::int32_t* table;
+  Index first, end;  // tokens that the row sees
+};
+
+// What one thread needs to attend with the query heads of one key head.
+struct Scratch {
+  std::vector<float> query, expanded, scores, out, best, sum;
+
+  Scratch(Index heads, Index dim)
+      : query(heads * dim), expanded(kBlock * dim), scores(heads * kBlock), out(heads * dim),
+        best(heads, -1e30f), sum(heads, 0.0f) {}
+};
+
+// Softmax in one pass (Milakov and Gimelshein, arXiv 1805.02867), in powers of two.
+void add_scores(Scratch& s, Index head, Index tokens, Index dim) {
+  float* scores = &s.scores[head * kBlock];
+  float best = s.best[head];
+  for (Index t = 0; t < tokens; ++t) best = std::max(best, scores[t]);
+  const float before = power_of_two(s.best[head] - best);
+  float sum = s.sum[head] * before;
+  float* out = &s.out[head * dim];
+#pragma omp simd reduction(+ : sum)
+  for (Index t = 0; t < tokens; ++t) {
+    scores[t] = power_of_two(scores[t] - best);
+    sum += scores[t];
+  }
+#pragma omp simd
+  for (Index i = 0; i < dim; ++i) out[i] *= before;
+  s.best[head] = best;
+  s.sum[head] = sum;
+}
+
+void add_values(Scratch& s, Index head, Index tokens, Index dim) {
+  float* out = &s.out[head * dim];
+  for (Index t = 0; t < tokens; ++t) {
+    const float weight = s.scores[head * kBlock + t];
+    const float* value = &s.expanded[t * dim];
+#pragma omp simd
+    for (Index i = 0; i < dim; ++i) out[i] += weight * value[i];
+  }
+}
+
+// A score as a power of two.
+inline float score(float product, const Form& form) {
+  float scaled = product * form.scaling;
+  if (form.softcap > 0) scaled = form.softcap * std::tanh(scaled / form.softcap);
+  return scaled * 1.4426950408889634f;  // log2(e)
+}
+
+// Attend with the query heads that share one key head, from `query` on; out is [heads, dim].
+void attend(const Form& form, const Pages& pages, const Sequence& sequence, Index kv_head,
+            const Bfloat16* query, Index query_stride, Bfloat16* out) {
+  const Index dim = pages.dim, token_stride = pages.kv_heads * dim;
+  const Index heads = form.heads / pages.kv_heads;
+  Scratch s(heads, dim);
+  expand(query, query_stride, heads, dim, s.query.data());
+  for (Index first = sequence.first, count; first < sequence.end; first += count) {
+    const Index place = first % pages.tokens;
+    count = std::min({kBlock, pages.tokens - place, sequence.end - first});
+    const Index at = sequence.table[first / pages.tokens] * pages.page_stride +
+                     place * token_stride + kv_head * dim;
+    expand(pages.keys + at, token_stride, count, dim, s.expanded.data());
+    for (Index head = 0; head < heads; ++head)
+      for (Index t = 0; t < count; ++t)
+        s.scores[head * kBlock + t] =
+            score(dot(&s.query[head * dim], &s.expanded[t * dim], dim), form);
+    expand(pages.values + at, token_stride, count, dim, s.expanded.data());
+    for (Index head = 0; head < heads; ++head) {
+      add_scores(s, head, count, dim);
+      add_values(s, head, count, dim);
+    }
+  }
+  for (Index head = 0; head < heads; ++head)
+    for (Index i = 0; i < dim; ++i)
+      out[head * dim + i] = rounded(s.out[head * dim + i] / s.sum[head]);
+}
+
+void write(const Rows& rows, Bfloat16* pages, const Pages& form, const Index* slots, Index count) {
+  for (Index row = 0; row < count; ++row) {
+    Bfloat16* token = pages + slots[row] / form.tokens * form.page_stride +
+                      slots[row] % form.tokens * form.kv_heads * form.dim;
+    for (Index head = 0; head < form.kv_heads; ++head)
+      std::memcpy(token + head * form.dim,
+                  rows.numbers + row * rows.row_stride + head * rows.head_stride,
+                  form.dim * sizeof(Bfloat16));
+  }
+}
+
+}  // namespace
+
+// Write each row's key and value into its slot, then attend with each row over its sequence, of
+// which it sees the last `window` tokens (0: all). Rows are [rows, heads, dim] of these strides;
+// out has none. Sequence i has lengths[i] tokens and its pages at table_starts[i] of `table`.
+extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_head,
+                            const Bfloat16* key, Index key_row, Index key_head,
+                            const Bfloat16* value, Index value_row, Index value_head,
+                            Bfloat16* out, Index heads, float scaling, float softcap, Index window,
+                            const Pages* pages, Index rows, const Index* slots,
+                            const std::int32_t* table, const Index* table_starts,
+                            const Index* lengths) {
+  write({key, key_row, key_head}, pages->keys, *pages, slots, rows);
+  write({value, value_row, value_head}, pages->values, *pages, slots, rows);
+  const Form form{heads, scaling, softcap, window};
+  const Index kv_heads = pages->kv_heads, shared = heads / kv_heads;
+  const auto one = [&](Index item) {
+    const Index row = item / kv_heads, kv_head = item % kv_heads, length = lengths[row];
+    const Index first = window > 0 && window < length ? length - window : 0;
+    attend(form, *pages, {table + table_starts[row], first, length}, kv_head,
+           query + row * query_row + kv_head * shared * query_head, query_head,
+           out + (row * heads + kv_head * shared) * pages->dim);
+  };
+  Index elements = 0;
+  for (Index row = 0; row < rows; ++row) elements += lengths[row] * kv_heads * pages->dim;
+  if (elements < kSerial) {
+    for (Index item = 0; item < rows * kv_heads; ++item) one(item);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic)
+  for (Index item = 0; item < rows * kv_heads; ++item) one(item);
+}
+
+// out [rows, outputs] = inputs [rows, width] * levels [outputs, width]^T * scales [outputs], where
+// outputs come in multiples of kOutputs and width in multiples of kLanes.
+extern "C" void eight_bit_product(const Bfloat16* inputs, const std::int8_t* levels,
+                                  const Bfloat16* scales, Bfloat16* out, Index rows, Index outputs,
+                                  Index width) {
+  std::vector<float> numbers(rows * width);
+  expand(inputs, width, rows, width, numbers.data());
+#pragma omp parallel for schedule(static)
+  for (Index output = 0; output < outputs; output += kOutputs) {
+    const std::int8_t* weights = levels + output * width;
+    for (Index row = 0; row < rows; ++row) {
+      const float* input = &numbers[row * width];
+      __m512 sums[kOutputs];
+      for (Index o = 0; o < kOutputs; ++o) sums[o] = _mm512_setzero_ps();
+      for (Index i = 0; i < width; i += kLanes) {
+        const __m512 x = _mm512_loadu_ps(input + i);
+        for (Index o = 0; o < kOutputs; ++o) {
+          const std::int8_t* place = weights + o * width + i;
+          _mm_prefetch(place + kAhead, _MM_HINT_T0);
+          const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(place));
+          sums[o] = _mm512_fmadd_ps(x, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), sums[o]);
+        }
+      }
+      for (Index o = 0; o < kOutputs; ++o)
+        out[row * outputs + output + o] =
+            rounded(_mm512_reduce_add_ps(sums[o]) * expanded(scales[output + o]));
+    }
+  }
+}
+
+#ifdef __AVX512BF16__
+
+namespace {
+
+constexpr Index kGroup = 32;  // inputs that share a scale and a zero
+constexpr Index kColumns = 64;  // outputs that torch packs together
+constexpr Index kRows = 4;  // rows that share one pass over the weights
+constexpr Index kFurther = 2048;  // as kAhead, for weights in four bits
+
+// The first or second halves of two vectors. Pairing the bytes of two inputs within 128 bits leaves
+// outputs 0 to 7 and 16 to 23 in one vector, 8 to 15 and 24 to 31 in the next.
+inline __m512 halves(__m512 a, __m512 b, bool second) {
+  return second ? _mm512_shuffle_f32x4(a, b, 0xEE) : _mm512_shuffle_f32x4(a, b, 0x44);
+}
+
+// The product of some rows with kColumns outputs. A level q is put into the bfloat16 number
+// 128 + q, whose last bits are q; the 128 is taken back with the sum of the inputs:
+//   sum x * ((q - 8) * scale + zero) = scale * sum x * (128 + q) + (zero - 136 * scale) * sum x
+template <int kCount>
+void four_bit_block(const Bfloat16* inputs, const float* sums, Index width,
+                    const std::uint8_t* packed, const Bfloat16* scales, Index outputs,
+                    Bfloat16* out) {
+  const __m512i nibble = _mm512_set1_epi16(0x000f), base = _mm512_set1_epi16(0x4300);
+  const Index groups = width / kGroup;
+  __m512 totals[kCount][4];
+  for (auto& row : totals)
+    for (__m512& total : row) total = _mm512_setzero_ps();
+  for (Index group = 0; group < groups; ++group) {
+    __m512 parts[kCount][4];
+    for (auto& row : parts)
+      for (__m512& part : row) part = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (Index k = group * kGroup; k < (group + 1) * kGroup; k += 2) {
+      const std::uint8_t* place = packed + k * kColumns / 2;
+      _mm_prefetch(place + kFurther, _MM_HINT_T0);
+      const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place));
+      const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place) + 1);
+      const __m512i low = _mm512_cvtepu8_epi16(_mm256_unpacklo_epi8(one, two));
+      const __m512i high = _mm512_cvtepu8_epi16(_mm256_unpackhi_epi8(one, two));
+      const __m512bh levels[] = {
+          (__m512bh)_mm512_ternarylogic_epi32(low, nibble, base, 0xEA),  // (a & b) | c
+          (__m512bh)_mm512_ternarylogic_epi32(high, nibble, base, 0xEA),
+          (__m512bh)_mm512_or_si512(_mm512_srli_epi16(low, 4), base),
+          (__m512bh)_mm512_or_si512(_mm512_srli_epi16(high, 4), base)};
+#pragma GCC unroll 4
+      for (int row = 0; row < kCount; ++row) {
+        std::int32_t pair;
+        std::memcpy(&pair, inputs + row * width + k, sizeof pair);
+        for (int i = 0; i < 4; ++i)
+          parts[row][i] =
+              _mm512_dpbf16_ps(parts[row][i], levels[i], (__m512bh)_mm512_set1_epi32(pair));
+      }
+    }
+    const Bfloat16* pairs = scales + group * outputs * 2;  // of scale and zero, by output
+    for (int i = 0; i < 4; ++i) {
+      const Bfloat16* two = pairs + i / 2 * kColumns;
+      const __m512i both = _mm512_castps_si512(
+          halves(_mm512_loadu_ps(two), _mm512_loadu_ps(two + kColumns / 2), i % 2));
+      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      const __m512 zero =
+          _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), both));
+      const __m512 shift = _mm512_fnmadd_ps(_mm512_set1_ps(136.0f), scale, zero);
+      for (int row = 0; row < kCount; ++row) {
+        const __m512 sum = _mm512_set1_ps(sums[row * groups + group]);
+        totals[row][i] = _mm512_fmadd_ps(scale, parts[row][i], totals[row][i]);
+        totals[row][i] = _mm512_fmadd_ps(shift, sum, totals[row][i]);
+      }
+    }
+  }
+  for (int row = 0; row < kCount; ++row)
+    for (int i = 0; i < 4; ++i) {
+      const __m512* two = &totals[row][i / 2 * 2];
+      const __m256bh numbers = _mm512_cvtneps_pbh(halves(two[0], two[1], i % 2));
+      std::memcpy(out + row * outputs + i * 16, &numbers, sizeof numbers);
+    }
+}
+
+using Block = void (*)(const Bfloat16*, const float*, Index, const std::uint8_t*, const Bfloat16*,
+                       Index, Bfloat16*);
+constexpr Block kBlocks[] = {four_bit_block<1>, four_bit_block<2>, four_bit_block<3>,
+                             four_bit_block<4>};
+
+// out [rows, outputs] = inputs [rows, width] * weights, as torch packs them for its own kernel.
+void four_bit_product(const Bfloat16* inputs, const std::uint8_t* packed, const Bfloat16* scales,
+                      Bfloat16* out, Index rows, Index outputs, Index width) {
+  const Index groups = width / kGroup;
+  std::vector<float> sums(rows * groups);
+  for (Index i = 0; i < rows * groups; ++i)
+    for (Index k = 0; k < kGroup; ++k) sums[i] += expanded(inputs[i * kGroup + k]);
+#pragma omp parallel for schedule(static)
+  for (Index column = 0; column < outputs; column += kColumns)
+    for (Index row = 0; row < rows; row += kRows)
+      kBlocks[std::min(kRows, rows - row) - 1](
+          inputs + row * width, &sums[row * groups], width, packed + column * width / 2,
+          scales + column * 2, outputs, out + row * outputs + column);
+}
+
+}  // namespace
+
+// torch's stable C interface, of which a status other than 0 is an error.
+extern "C" {
+
+struct AtenTensorOpaque;
+using Tensor = AtenTensorOpaque*;
+std::int32_t aoti_torch_get_data_ptr(Tensor tensor, void** address);
+std::int32_t aoti_torch_get_size(Tensor tensor, std::int64_t dimension, std::int64_t* size);
+std::int32_t aoti_torch_get_stride(Tensor tensor, std::int64_t dimension, std::int64_t* stride);
+std::int32_t aoti_torch_empty_strided(std::int64_t dimensions, const std::int64_t* sizes,
+                                      const std::int64_t* strides, std::int32_t dtype,
+                                      std::int32_t device_type, std::int32_t device_index,
+                                      Tensor* made);
+std::int32_t aoti_torch_dtype_bfloat16();
+std::int32_t aoti_torch_device_type_cpu();
+
+// inputs are [rows, width] and scales [width / kGroup, outputs, 2], all contiguous; outputs come in
+// multiples of kColumns, since torch packs what is left over in another order.
+std::int32_t aoti_torch_cpu_four_bit_rows(Tensor inputs, Tensor packed, Tensor scales, Tensor* out) {
+  Index rows, width, outputs, stride;
+  void *from, *weights, *steps, *to;
+  if (aoti_torch_get_size(inputs, 0, &rows) || aoti_torch_get_size(inputs, 1, &width) ||
+      aoti_torch_get_size(scales, 1, &outputs) || aoti_torch_get_stride(inputs, 0, &stride) ||
+      outputs % kColumns || (rows > 1 && stride != width))
+    return 1;
+  const Index sizes[] = {rows, outputs}, strides[] = {outputs, 1};
+  if (aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_bfloat16(),
+                               aoti_torch_device_type_cpu(), 0, out) ||
+      aoti_torch_get_data_ptr(inputs, &from) || aoti_torch_get_data_ptr(packed, &weights) ||
+      aoti_torch_get_data_ptr(scales, &steps) || aoti_torch_get_data_ptr(*out, &to))
+    return 1;
+  four_bit_product(static_cast<Bfloat16*>(from), static_cast<std::uint8_t*>(weights),
+                   static_cast<Bfloat16*>(steps), static_cast<Bfloat16*>(to), rows, outputs, width);
+  return 0;
+}
+}
+
+#endif

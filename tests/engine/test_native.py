@@ -1,0 +1,215 @@
+"""Native functions against the reference backend and torch's product in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pruning.attention import AttentionForm
+from pruning.quantised import GROUP, EightBitHead, FourBitLinear, four_bits, quantise, runs_here
+from pruning.variants import Variants
+from server.engine.ahead import MOST_ROWS, _compile, _load
+from server.engine.assembly import EngineConfig, build_engine
+from server.engine.attention.rows import RowsBackend
+from server.engine.attention.sdpa import SdpaBackend
+from server.engine.batch import Batch, build_batch
+from server.engine.native import NativeFunctions, four_bit_rows, native_functions
+from server.engine.pages import PageLayout, PagePool, page_layout
+from server.engine.request import FinishReason
+from server.engine.scheduler import Limits, Scheduler
+from tests.engine.tiny_engine import Numbered, recorder, tiny_variants, wrapped
+from tests.pruning.tiny_models import tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not runs_here(torch.device("cpu")), reason="the functions need AVX-512"
+)
+new = Numbered()
+
+PAGES = 700
+FORMS = {
+    "plain": (8, 2, 128, AttentionForm(128**-0.5)),
+    "no groups": (3, 3, 64, AttentionForm(0.2)),
+    "odd heads, window": (9, 3, 64, AttentionForm(0.125, sliding_window=100)),
+    "wide heads, capped": (4, 2, 256, AttentionForm(0.0625, sliding_window=60, softcap=5.0)),
+    "no multiple of a vector": (4, 2, 20, AttentionForm(2.0)),
+}
+HIDDEN = 48
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
+    functions = native_functions(tmp_path_factory.mktemp("native"))
+    assert functions is not None
+    return functions
+
+
+def scheduler_of(lengths: list[int], variants: Variants, layout: PageLayout) -> Scheduler:
+    """Return a scheduler whose next step is the prompts of both variants."""
+    limits = Limits(tokens_per_step=20_000)
+    scheduler = Scheduler(limits, variants, layout, PagePool(PAGES))
+    for length in lengths:
+        for variant in ("full", "pruned"):
+            scheduler.add(new.request([5] * length, variant))
+    return scheduler
+
+
+def rows(heads: int, count: int, dim: int) -> Tensor:
+    """Return [1, heads, rows, dim] whose heads lie side by side, as projections leave them, and
+    some of whose scores are far apart."""
+    return (3 * torch.randn(1, count, heads, dim)).bfloat16().transpose(1, 2)
+
+
+def compare(
+    backend: RowsBackend,
+    reference: SdpaBackend,
+    batch: Batch,
+    form: tuple[int, int, int, AttentionForm],
+    tolerance: float,
+) -> None:
+    """Hold a step of the backend equal to the reference, which computes in float64."""
+    heads, kv_heads, dim, shape = form
+    backend.prepare(batch)
+    reference.prepare(batch)
+    for layer in (0, 2, 7):
+        count = batch.attending_rows[layer]
+        q, k, v = (rows(n, count, dim) for n in (heads, kv_heads, kv_heads))
+        got = backend(layer, q, k, v, shape)
+        expected = reference(layer, q.double(), k.double(), v.double(), shape)
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("lengths", [[1, 15, 16, 17, 130], [3000]], ids=["short", "long"])
+def test_single_rows_equal_sdpa(
+    native: NativeFunctions, form: tuple[int, int, int, AttentionForm], lengths: list[int]
+) -> None:
+    _, kv_heads, dim, _ = form
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(PAGES, layout.page_elements).bfloat16()
+    exact = pool.double()
+    backend = RowsBackend(native, pool, layout, variants, kv_heads)
+    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    scheduler = scheduler_of(lengths, variants, layout)
+    prompts = scheduler.schedule()
+    if sum(lengths) < 1000:  # takes long in float64
+        compare(backend, reference, build_batch(prompts, variants, layout), form, 1e-2)
+    scheduler.advance(prompts)
+    for request in scheduler.running:
+        request.output.append(7)
+    batch = build_batch(scheduler.schedule(), variants, layout)
+    assert len(batch.token_ids) == len(batch.sequences)
+    compare(backend, reference, batch, form, 2**-8)  # rounded once
+    assert torch.equal(pool.double(), exact), "keys and values are where they belong"
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(64, 96), (40, 64), (18, 64)])
+def test_products_in_eight_bits_are_those_of_float64(
+    native: NativeFunctions, count: int, shape: tuple[int, int]
+) -> None:
+    """Also where outputs or rows leave the product to torch."""
+    levels = torch.randint(-127, 128, shape).to(torch.int8)
+    scales = torch.rand(shape[0]).bfloat16()
+    inputs = torch.randn(count, 2 * shape[1]).bfloat16()[:, : shape[1]]
+    got = native.eight_bit_product(inputs, levels, scales)
+    expected = inputs.double() @ levels.double().T * scales.double()
+    torch.testing.assert_close(got.double(), expected, rtol=2**-7, atol=0.05)
+
+
+class FourBitProduct(torch.nn.Module):
+    """The product that compiled layers call."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        inputs, packed, scales_and_zeros = tensors
+        return four_bit_rows(inputs[0], packed, scales_and_zeros)[None]
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(96, 128), (64, 64)])
+def test_products_in_four_bits_are_those_of_float64(
+    native: NativeFunctions, tmp_path: Path, width: int, outputs: int
+) -> None:
+    if not native.has_four_bits:
+        pytest.skip("products in four bits need AVX512_BF16")
+    bits = four_bits(torch.randn(outputs, width))
+    step_tensors = FourBitLinear(bits, None).step_tensors
+    scales, zeros = step_tensors[1].double().transpose(0, 1).unbind(-1)
+    levels = bits.levels.double().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
+    weight = ((levels - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+    path = tmp_path / "product.pt2"
+    _compile(FourBitProduct(), [torch.randn(1, 3, width).bfloat16()], step_tensors, path, 2)
+    function = _load(path)
+    for count in range(1, MOST_ROWS + 1):
+        inputs = torch.randn(1, count, width).bfloat16()
+        got = function([inputs, *step_tensors])[0].double()
+        expected = inputs.double() @ weight.T
+        torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-4)
+
+
+def answers(folder: Path | None) -> list[list[int]]:
+    """Return what an engine in four bits generates, by native functions if it has a folder."""
+    base = wrapped(tiny_model("llama", layers=4))
+    quantise(base.model)
+    variants = tiny_variants(4, pruned={1, 2})
+    engine = build_engine(base, variants, EngineConfig(kv_cache_bytes=1 << 22, compiled=folder))
+    engine.start()
+    requests = [new.request(range(4, 24), v, max_tokens=12) for v in ("full", "pruned")]
+    engine.submit(requests)
+    for request in requests:
+        assert recorder(request).wait(300).reason is FinishReason.LENGTH
+    engine.stop()
+    return [recorder(request).tokens for request in requests]
+
+
+def without_compiling_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave layers as they are, whose compiling takes long and has tests of its own."""
+    monkeypatch.setattr("server.engine.ahead.CompiledLayers.compile_in_background", lambda _: None)
+
+
+def test_an_engine_answers_alike_with_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_compiling_layers(monkeypatch)
+    used: list[int] = []
+    attend = NativeFunctions.attend
+    monkeypatch.setattr(
+        NativeFunctions, "attend", lambda *given: (used.append(1), attend(*given))[1]
+    )
+    assert answers(tmp_path) == answers(None)
+    assert len(used) > 12
+
+
+def test_without_a_compiler_all_runs_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_compiling_layers(monkeypatch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native_functions(tmp_path) is None
+    assert "without native functions" in caplog.text
+    assert answers(tmp_path) == answers(None)
+
+
+def test_a_broken_compiler_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert native_functions(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_computes_by_the_function_it_is_given(native: NativeFunctions) -> None:
+    linear = torch.nn.Linear(HIDDEN, 64, bias=False).bfloat16()
+    inputs = torch.randn(1, 1, HIDDEN).bfloat16()
+    head = EightBitHead(linear)
+    plain = head(inputs)
+    used: list[int] = []
+
+    def product(*given: Tensor) -> Tensor:
+        used.append(1)
+        return native.eight_bit_product(*given)
+
+    head.compute_by(product)
+    torch.testing.assert_close(head(inputs), plain, rtol=2**-7, atol=0.01)
+    assert used == [1]
