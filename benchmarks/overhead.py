@@ -16,7 +16,7 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
@@ -36,8 +36,8 @@ from pruning.cli import progress_bars
 from pruning.loading import EMBEDDED_MODEL
 from server.config import Settings
 from server.engine.assembly import default_limits
-from server.lifecycle import Server, bind
-from server.startup import start
+from server.lifecycle import Server, Worker, bind
+from server.startup import Started, start
 
 BAR = 0.05
 
@@ -88,7 +88,7 @@ def main(
     """Measure what HTTP costs."""
     load = Load(requests * streams, streams, prompt_tokens, output_tokens)
     settings = Settings.model_validate({"model": model, "drop": drop, "prefix_caching": False})
-    with _clients() as clients, _served(settings) as served:
+    with client_process() as clients, _served(settings) as served:
         found = _measure(served, clients, variant, load, repeats)
     _print(found, load)
     if output is not None:
@@ -104,17 +104,13 @@ class _Served:
     running: Running
     device: torch.device
     url: str
-    thread: threading.Thread
-    """The one that serves HTTP."""
-
-    def http_seconds(self) -> float:
-        """Return the processor time that serving HTTP has taken."""
-        assert self.thread.ident is not None
-        return time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident))
+    http_seconds: Callable[[], float]
+    """The processor time that serving HTTP has taken."""
 
 
 @contextmanager
-def _clients() -> Iterator[ProcessPoolExecutor]:
+def client_process() -> Iterator[ProcessPoolExecutor]:
+    """Start the process that the clients are in."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as clients:
         yield clients
 
@@ -122,20 +118,32 @@ def _clients() -> Iterator[ProcessPoolExecutor]:
 @contextmanager
 def _served(settings: Settings) -> Iterator[_Served]:
     """Start an engine and the server in front of it, in this process, and stop them after."""
-    address = bind("127.0.0.1", 0)
     before = time.monotonic()
     with progress_bars() as progress:
         started = passing(lambda: start(settings, progress))
     seconds = time.monotonic() - before
-    up: SimpleQueue[str] = SimpleQueue()
-    server = Server(started.app, started.service, started.engine, drain_timeout=1, when_up=up.put)
-    thread = threading.Thread(target=server.run, args=([address],), name="http")
-    thread.start()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary, limits = started.service.vocabulary_size, default_limits(device)
+    with serving(started, started.engine) as (url, http_seconds):
+        yield _Served(
+            Running(started.engine, vocabulary, limits, seconds), device, url, http_seconds
+        )
+
+
+@contextmanager
+def serving(started: Started, worker: Worker) -> Iterator[tuple[str, Callable[[], float]]]:
+    """Serve HTTP on a thread of its own; yield its URL and what tells the thread's seconds of
+    processor time so far."""
+    address = bind("127.0.0.1", 0)
+    up: SimpleQueue[str] = SimpleQueue()
+    server = Server(started.app, started.service, worker, drain_timeout=1, when_up=up.put)
+    thread = threading.Thread(target=server.run, args=([address],), name="http")
+    thread.start()
     try:
         url = up.get(timeout=60)
-        yield _Served(Running(started.engine, vocabulary, limits, seconds), device, url, thread)
+        assert thread.ident is not None
+        clock = time.pthread_getcpuclockid(thread.ident)
+        yield url, lambda: time.clock_gettime(clock)
     finally:
         server.should_exit = True
         thread.join()
@@ -163,7 +171,7 @@ def _in_process(running: Running, variant: str, load: Load) -> Run:
 
 def _over_http(served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load) -> Run:
     process, http = time.process_time(), served.http_seconds()
-    speed, client = clients.submit(_client, served.url, variant, load).result()
+    speed, client = clients.submit(send_load, served.url, variant, load).result()
     tokens = load.requests * load.output_tokens
     return Run(
         speed,
@@ -173,7 +181,7 @@ def _over_http(served: _Served, clients: ProcessPoolExecutor, variant: str, load
     )
 
 
-def _client(url: str, variant: str, load: Load) -> tuple[float, float]:
+def send_load(url: str, variant: str, load: Load) -> tuple[float, float]:
     """Send a load; return tokens a second and the seconds of processor time that it took here."""
     before = time.process_time()
     endpoint = replace(ours(url, variant), kv_bytes=no_kv_bytes)  # a scrape is no part of serving

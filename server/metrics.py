@@ -68,7 +68,8 @@ class RequestMetrics:
 
     def token_emitted(self, variant: str, seconds_since_previous: float) -> None:
         """Count one token after a request's first, and the seconds since the token before it."""
-        self._inter_token.labels(*self._labels_of(variant)).observe(seconds_since_previous)
+        _require("variant", variant, self._labels)
+        self._inter_token_of[variant].observe(seconds_since_previous)
 
     def finished(
         self,
@@ -209,6 +210,9 @@ class RequestMetrics:
                 self._requests_finished.labels(*labels, reason)
         for reason in REFUSAL_REASONS:
             self._requests_refused.labels(self._model_name, reason)
+        self._inter_token_of = {
+            variant: self._inter_token.labels(*labels) for variant, labels in self._labels.items()
+        }
 
 
 class Metrics(RequestMetrics):

@@ -44,13 +44,11 @@ async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, T])
 
 
 class EventStream(Response):
-    """Server-sent events made from JSON objects, or from bytes that hold one each."""
+    """Server-sent events: each piece that comes is one or several of them, and leaves at once."""
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncGenerator[Json | bytes, None], headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
         super().__init__(
             headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -72,21 +70,26 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    await send(_chunk(event if isinstance(event, bytes) else _json(event)))
+                    await send(_more(event))
         except ApiError as error:
-            await send(_chunk(_json(error.body)))
+            await send(_more(json_event(error.body)))
         else:
-            await send(_chunk(b"[DONE]"))
+            await send(_more(raw_event(b"[DONE]")))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _json(value: Json) -> bytes:
+def json_event(value: Json) -> bytes:
+    """Return the server-sent event of a JSON object."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode()
+    return raw_event(text.encode())
 
 
-def _chunk(data: bytes) -> dict[str, Any]:
-    body = b"data: " + data + b"\n\n"
+def raw_event(data: bytes) -> bytes:
+    """Return the server-sent event of data that has no line breaks."""
+    return b"data: " + data + b"\n\n"
+
+
+def _more(body: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": body, "more_body": True}
 
 

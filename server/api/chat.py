@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,11 @@ import jinja2
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import EventStream, Json, unless_client_leaves
+from server.api.answers import EventStream, Json, json_event, unless_client_leaves
+from server.api.chunks import Chunks
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
-from server.api.generation import ChoiceSpec, Generation, Shown
+from server.api.generation import ChoiceSpec, Delta, Generation, Shown
 from server.api.logprobs import chat_logprobs
 from server.api.params import choice_params
 from server.api.schema import ChatCompletionRequest
@@ -47,7 +48,7 @@ class _Call:
             "system_fingerprint": self.service.system_fingerprint(self.variant),
         }
 
-    def logprobs(self, shown: list[Shown]) -> dict[str, Any] | None:
+    def logprobs(self, shown: Sequence[Shown]) -> dict[str, Any] | None:
         return chat_logprobs(self.service.vocabulary, shown) if self.body.logprobs else None
 
 
@@ -110,12 +111,13 @@ async def _collect(call: _Call, generation: Generation) -> Json:
     shown: list[list[Shown]] = [[] for _ in range(count)]
     finishes: list[FinishReason | None] = [None] * count
     usage = Usage(len(call.prompt), 0)
-    async for delta in generation.deltas():
-        usage = usage.plus(delta.generated)
-        texts[delta.choice].append(delta.text)
-        shown[delta.choice].extend(delta.shown)
-        finishes[delta.choice] = delta.finish or finishes[delta.choice]
-    usage = usage.with_cached(generation.cached_tokens(count))
+    async for deltas in generation.deltas():
+        for delta in deltas:
+            usage.completion_tokens += delta.generated
+            texts[delta.choice].append(delta.text)
+            shown[delta.choice].extend(delta.shown)
+            finishes[delta.choice] = delta.finish or finishes[delta.choice]
+    usage.cached_tokens = generation.cached_tokens(count)
     return {
         **call.header("chat.completion"),
         "choices": [
@@ -131,39 +133,38 @@ async def _collect(call: _Call, generation: Generation) -> Json:
     }
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, None]:
+async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
     options = call.body.stream_options
     with_usage = options is not None and options.include_usage
-    continuous = options is not None and options.continuous_usage_stats
+    continuous = options is not None and with_usage and options.continuous_usage_stats
     usage = Usage(len(call.prompt), 0)
     header: dict[str, Any] = call.header("chat.completion.chunk")
     if with_usage:
         header["usage"] = None
     for index in range(call.body.n or 1):
-        role = {"role": "assistant", "content": "", "refusal": None}
-        yield {**header, "choices": [_chunk_choice(index, role, None, None)]}
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            usage = usage.plus(delta.generated)
-            content = {"content": delta.text} if delta.text or delta.shown else {}
-            logprobs = call.logprobs(list(delta.shown)) if delta.shown else None
-            choice = _chunk_choice(delta.choice, content, logprobs, delta.finish)
-            event = {**header, "choices": [choice]}
-            yield {**event, "usage": usage.json()} if with_usage and continuous else event
+        yield json_event({**header, "choices": [_speaker(index)]})
+    chunks = Chunks(header)
+    async with aclosing(generation.deltas()) as pieces:
+        async for deltas in pieces:
+            events = []
+            for delta in deltas:
+                usage.completion_tokens += delta.generated
+                if continuous:
+                    chunks = Chunks({**header, "usage": usage.json()})
+                events.append(_event(call, chunks, delta))
+            yield "".join(events).encode()
     if with_usage:
-        usage = usage.with_cached(generation.cached_tokens(call.body.n or 1))
-        yield {**header, "choices": [], "usage": usage.json()}
+        usage.cached_tokens = generation.cached_tokens(call.body.n or 1)
+        yield json_event({**header, "choices": [], "usage": usage.json()})
 
 
-def _chunk_choice(
-    index: int,
-    delta: dict[str, Any],
-    logprobs: dict[str, Any] | None,
-    finish: FinishReason | None,
-) -> dict[str, Any]:
-    return {
-        "index": index,
-        "delta": delta,
-        "logprobs": logprobs,
-        "finish_reason": finish.value if finish else None,
-    }
+def _speaker(index: int) -> dict[str, Any]:
+    """Return the first piece of a choice, which says who speaks."""
+    delta = {"role": "assistant", "content": "", "refusal": None}
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _event(call: _Call, chunks: Chunks, delta: Delta) -> str:
+    content = delta.text if delta.text or delta.shown else None
+    logprobs = call.logprobs(delta.shown) if delta.shown else None
+    return chunks.of_content(delta.choice, content, logprobs, delta.finish)

@@ -12,7 +12,8 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import EventStream, Json, unless_client_leaves
+from server.api.answers import EventStream, Json, json_event, unless_client_leaves
+from server.api.chunks import Chunks
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Delta, Generation, Shown
@@ -161,14 +162,14 @@ def _specs(call: _Call) -> list[ChoiceSpec]:
 
 async def _collect(call: _Call, generation: Generation) -> Json:
     answers = [_Answer() for _ in range(len(call.prompts) * call.body.drafts)]
-    async for delta in generation.deltas():
-        answers[delta.choice].add(delta)
+    async for deltas in generation.deltas():
+        for delta in deltas:
+            answers[delta.choice].add(delta)
     generated = sum(answer.generated for answer in answers)
     return {
         **call.header(),
         "choices": [
-            _choice(call, index, "".join(answer.text), answer.shown, answer.finish)
-            for index, answer in enumerate(_best(call, answers))
+            _choice(call, index, answer) for index, answer in enumerate(_best(call, answers))
         ],
         "usage": Usage(
             call.prompt_tokens, generated, generation.cached_tokens(call.body.drafts)
@@ -188,34 +189,38 @@ def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
     return kept
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncGenerator[Json, None]:
+async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
     options = call.body.stream_options
     with_usage = options is not None and options.include_usage
+    continuous = options is not None and with_usage and options.continuous_usage_stats
     usage = Usage(call.prompt_tokens, 0)
     header = call.header()
-    async with aclosing(generation.deltas()) as deltas:
-        async for delta in deltas:
-            usage = usage.plus(delta.generated)
-            choice = _choice(call, delta.choice, delta.text, delta.shown, delta.finish)
-            event: dict[str, Any] = {**header, "choices": [choice]}
-            if with_usage:
-                continuous = options is not None and options.continuous_usage_stats
-                event["usage"] = usage.json() if continuous else None
-            yield event
+    chunks = Chunks(header, {"usage": None} if with_usage else {})
+    async with aclosing(generation.deltas()) as pieces:
+        async for deltas in pieces:
+            events = []
+            for delta in deltas:
+                usage.completion_tokens += delta.generated
+                if continuous:
+                    chunks = Chunks(header, {"usage": usage.json()})
+                logprobs = _logprobs(call, delta.shown)
+                events.append(chunks.of_text(delta.choice, delta.text, logprobs, delta.finish))
+            yield "".join(events).encode()
     if with_usage:
-        usage = usage.with_cached(generation.cached_tokens(call.body.drafts))
-        yield {**header, "choices": [], "usage": usage.json()}
+        usage.cached_tokens = generation.cached_tokens(call.body.drafts)
+        yield json_event({**header, "choices": [], "usage": usage.json()})
 
 
-def _choice(
-    call: _Call, index: int, text: str, shown: Sequence[Shown], finish: FinishReason | None
-) -> dict[str, Any]:
-    logprobs = None
-    if call.body.logprobs is not None:
-        logprobs = completion_logprobs(call.service.vocabulary, shown)
+def _choice(call: _Call, index: int, answer: _Answer) -> dict[str, Any]:
     return {
         "index": index,
-        "text": text,
-        "logprobs": logprobs,
-        "finish_reason": finish.value if finish else None,
+        "text": "".join(answer.text),
+        "logprobs": _logprobs(call, answer.shown),
+        "finish_reason": answer.finish.value if answer.finish else None,
     }
+
+
+def _logprobs(call: _Call, shown: Sequence[Shown]) -> dict[str, Any] | None:
+    if call.body.logprobs is None:
+        return None
+    return completion_logprobs(call.service.vocabulary, shown)

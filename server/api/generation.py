@@ -1,6 +1,6 @@
 """The choices of one HTTP request while they are generated: engine events to pieces of text.
 
-    engine thread --put--> event loop: metrics, queue --> Generation.deltas() --> JSON or SSE
+    engine thread --mailbox--> event loop: metrics, inbox --> Generation.deltas() --> JSON or SSE
 
 Whoever stops reading `deltas()`, for whatever reason, thereby aborts the choices that have not
 ended: a client that disconnects frees its pages before the next step.
@@ -12,8 +12,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
-from server.api.errors import bad_request, generation_failed, queue_full, unavailable
+from server.api.errors import ApiError, bad_request, generation_failed, queue_full, unavailable
 from server.api.service import Service
 from server.engine.detokenize import StopStrings, TextStream, Vocabulary
 from server.engine.engine import EngineDeadError, QueueFullError, TooLongError
@@ -41,9 +43,9 @@ class ChoiceSpec:
     """The prompt's text, where it is to be part of the answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A token as the answer shows it."""
+class Shown(NamedTuple):
+    """A token as the answer shows it. (Like `Delta` a tuple: one is made for every token, and a
+    frozen dataclass takes four times as long to make.)"""
 
     token: int
     logprobs: TokenLogprobs | None
@@ -52,8 +54,7 @@ class Shown:
     """Characters of the answer's text before it, those held back for a stop string included."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one event adds to a choice."""
 
     choice: int
@@ -82,30 +83,30 @@ class _Choice:
     cached_tokens: int = 0
     """Set at the end: prompt tokens that were not computed for it."""
 
-    def take(self, event: Event, service: Service) -> Iterator[Delta]:
-        """Yield what an event adds."""
+    def take(self, event: Event, vocabulary: Vocabulary, deltas: list[Delta]) -> None:
+        """Append what an event adds."""
         if isinstance(event, PromptScored):
             self.scores.extend(event.logprobs)
             return
         if self.spec.echo is not None and not self.echoed:
-            yield self._echo(service)
+            deltas.append(self._echo(vocabulary))
         if isinstance(event, TokenEvent):
             if self.finish is None:
-                yield self._token(event)
+                deltas.append(self._token(event))
         else:
             self.ended = True
             self.cached_tokens = event.cached_tokens
             if self.finish is None:
                 self.finish = event.reason
-                yield Delta(self.index, "", (), 0, event.reason)
+                deltas.append(Delta(self.index, "", (), 0, event.reason))
 
-    def _echo(self, service: Service) -> Delta:
+    def _echo(self, vocabulary: Vocabulary) -> Delta:
         self.echoed = True
         assert self.spec.echo is not None
         self.characters = len(self.spec.echo)
         if self.spec.params.prompt_logprobs is None:
             return Delta(self.index, self.spec.echo, (), 0)
-        offsets = _offsets(service.vocabulary, self.spec.prompt, self.spec.echo)
+        offsets = _offsets(vocabulary, self.spec.prompt, self.spec.echo)
         entries = zip(self.spec.prompt, [None, *self.scores], offsets, strict=True)
         return Delta(self.index, self.spec.echo, tuple(Shown(*entry) for entry in entries), 0)
 
@@ -144,17 +145,6 @@ def _offsets(vocabulary: Vocabulary, tokens: Sequence[int], text: str) -> Iterat
             offset += len(stream.push(token))
 
 
-class _Sink:
-    """Carries one request's events to the event loop; put is called on the engine's thread."""
-
-    def __init__(self, index: int, inbox: _Inbox) -> None:
-        self._index = index
-        self._inbox = inbox
-
-    def put(self, event: Event) -> None:
-        self._inbox.loop.call_soon_threadsafe(self._inbox.receive, self._index, event)
-
-
 class _Inbox:
     """Events of all choices, in order, and the metrics they make.
 
@@ -163,16 +153,27 @@ class _Inbox:
     """
 
     def __init__(self, metrics: RequestMetrics, variant: str, prompt_tokens: Sequence[int]) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: list[tuple[int, Event]] = []
+        self._arrival: asyncio.Future[None] | None = None
+        """What the reader waits for, if it waits."""
         self._metrics = metrics
         self._variant = variant
         self._prompt_tokens = prompt_tokens
         self._generated = [0] * len(prompt_tokens)
         self._latest: list[float | None] = [None] * len(prompt_tokens)
 
+    async def take(self) -> list[tuple[int, Event]]:
+        """Return the events that came since the last time, at least one."""
+        if not self._events:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        events, self._events = self._events, []
+        return events
+
     def receive(self, index: int, event: Event) -> None:
-        self.queue.put_nowait((index, event))
+        self._events.append((index, event))
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
         if isinstance(event, TokenEvent):
             self._generated[index] += 1
             latest = self._latest[index]
@@ -213,7 +214,7 @@ class Generation:
                 prompt=spec.prompt,
                 variant=variant,
                 params=spec.params,
-                sink=_Sink(i, self._inbox),
+                sink=service.mailbox.sink(partial(self._inbox.receive, i)),
                 arrived=arrived,
             )
             for i, spec in enumerate(specs)
@@ -228,31 +229,37 @@ class Generation:
         cached = [choice.cached_tokens for choice in self._choices]
         return sum(min(cached[at : at + drafts]) for at in range(0, len(cached), drafts))
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Yield the pieces of all choices as they come, until every choice has ended.
+    async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
+        """Yield the pieces of all choices as they come, those that came together at once, until
+        every choice has ended.
 
         Raises:
             ApiError: 500 when the engine could not compute a choice.
         """
         try:
             while not all(choice.ended for choice in self._choices):
-                index, event = await self._inbox.queue.get()
-                if isinstance(event, Ended) and event.reason is FinishReason.ERROR:
-                    self._choices[index].ended = True
-                    raise generation_failed(event.error or "unknown reason")
-                if isinstance(event, Ended) and event.reason is FinishReason.ABORT:
-                    self._choices[index].ended = True
-                    raise unavailable("the server shut down before this was complete", "draining")
-                for delta in self._take(index, event):
-                    yield delta
+                found: list[Delta] = []
+                failure = self._take(await self._inbox.take(), found)
+                if found:
+                    yield found
+                if failure is not None:
+                    raise failure
         finally:
             self._abort_open()
 
-    def _take(self, index: int, event: Event) -> Iterator[Delta]:
-        choice = self._choices[index]
-        yield from choice.take(event, self._service)
-        if isinstance(event, TokenEvent) and choice.finish is FinishReason.STOP:
-            self._service.engine.abort(self._requests[index].id, FinishReason.STOP)
+    def _take(self, events: Sequence[tuple[int, Event]], deltas: list[Delta]) -> ApiError | None:
+        """Append what events add to the choices; return what ended one of them too early."""
+        for index, event in events:
+            choice = self._choices[index]
+            if isinstance(event, Ended) and (failure := _failure(event)):
+                choice.ended = True
+                return failure
+            was_over = choice.finish is not None
+            choice.take(event, self._service.vocabulary, deltas)
+            stopped = choice.finish is FinishReason.STOP and isinstance(event, TokenEvent)
+            if stopped and not was_over:
+                self._service.engine.abort(self._requests[index].id, FinishReason.STOP)
+        return None
 
     def _submit(self) -> None:
         service = self._service
@@ -273,3 +280,12 @@ class Generation:
         for choice, request in zip(self._choices, self._requests, strict=True):
             if not choice.ended:
                 self._service.engine.abort(request.id)
+
+
+def _failure(end: Ended) -> ApiError | None:
+    """Return what a choice that ended too early is answered with."""
+    if end.reason is FinishReason.ERROR:
+        return generation_failed(end.error or "unknown reason")
+    if end.reason is FinishReason.ABORT:
+        return unavailable("the server shut down before this was complete", "draining")
+    return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from server.api.errors import ApiError, bad_request, unavailable
 from server.api.front import Front
+from server.api.mailbox import Mailbox
 from server.engine.detokenize import Vocabulary
 from server.engine.engine import Engine
 from server.evidence import Evidence
@@ -35,6 +36,8 @@ class Service(Front):
     """The plan of each variant, by name; `plan_id` is the one of most."""
     evidence: Mapping[str, Evidence]
     """Of each variant, by name."""
+    mailbox: Mailbox = field(init=False, default_factory=Mailbox)
+    """Through which the engine's events come."""
 
     @property
     def variant_names(self) -> Sequence[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
     """Tokens of one HTTP request: each prompt once, all choices that were generated."""
 
@@ -14,12 +14,6 @@ class Usage:
     completion_tokens: int
     cached_tokens: int | None = None
     """Prompt tokens that were not computed again; None until all choices have ended."""
-
-    def plus(self, generated: int) -> Usage:
-        return replace(self, completion_tokens=self.completion_tokens + generated)
-
-    def with_cached(self, tokens: int) -> Usage:
-        return replace(self, cached_tokens=tokens)
 
     def json(self) -> dict[str, Any]:
         cached = self.cached_tokens

@@ -126,6 +126,8 @@ class StopStrings:
 
     def push(self, text: str) -> Matched:
         """Add text; return what can be shown now."""
+        if not self._stops:
+            return Matched(text, False)
         text = self._held + text
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

@@ -17,6 +17,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from server.api.answers import json_event, raw_event
 from server.api.errors import ApiError, unavailable
 from server.gateway.call import Call
 from server.gateway.connections import FAILURES, Answer, Connections, Outgoing
@@ -256,7 +257,7 @@ class Forwarder:
 
 async def stream(
     call: Call, pool: Pool, opened: Opened, tried: set[Upstream], to: Forwarder, tally: Tally
-) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+) -> AsyncGenerator[bytes, None]:
     """Yield what the client is sent of a stream that has begun; closes it.
 
     Raises:
@@ -298,7 +299,7 @@ class _Relay:
         self.shown_tokens = False
         """Whether the client has seen anything that was generated."""
 
-    async def events(self, opened: Opened) -> AsyncGenerator[dict[str, Any] | bytes, None]:
+    async def events(self, opened: Opened) -> AsyncGenerator[bytes, None]:
         known = self._silent
         async for event in opened.events():
             if event.bears_tokens:
@@ -314,7 +315,7 @@ class _Relay:
             self._silent += not self.shown_tokens
             yield self._rewritten(event)
 
-    def _rewritten(self, event: Event) -> dict[str, Any] | bytes:
+    def _rewritten(self, event: Event) -> bytes:
         """Return the event as the client shall see it: the same bytes if nothing is to change."""
         data = event.data
         if self._identity is None:
@@ -323,12 +324,14 @@ class _Relay:
         wanted = {**self._identity, "model": self._call.model}
         superfluous = "usage" in data and not self._call.wants_usage
         if not superfluous and all(data.get(key) == value for key, value in wanted.items()):
-            return event.raw
-        return {
-            key: wanted.get(key, value)
-            for key, value in data.items()
-            if not (superfluous and key == "usage")
-        }
+            return raw_event(event.raw)
+        return json_event(
+            {
+                key: wanted.get(key, value)
+                for key, value in data.items()
+                if not (superfluous and key == "usage")
+            }
+        )
 
 
 def _not_successful(upstream: Upstream, answer: Answer, raw: bytes) -> Exception:

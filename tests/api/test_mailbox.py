@@ -1,0 +1,231 @@
+"""The engine's events on their way to the event loop, and what a stream makes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pruning.loading import BaseModel
+from server.api.answers import EventStream
+from server.api.errors import ApiError
+from server.api.generation import ChoiceSpec, Delta, Generation
+from server.api.mailbox import Mailbox
+from server.api.service import Service
+from server.engine.detokenize import Vocabulary
+from server.engine.request import (
+    Ended,
+    Event,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Sink,
+    TokenEvent,
+)
+from server.engine.stats import Timeline
+from server.metrics import RequestMetrics
+from tests.api.calls import events
+
+TIMELINE = Timeline(0.0, 1.0, 2.0, 3.0)
+
+
+def token(number: int, finish: FinishReason | None = None) -> TokenEvent:
+    return TokenEvent(number, None, 0.0, finish)
+
+
+def on_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def put_in(sinks: Sequence[Sink], event: Event) -> None:
+    for sink in sinks:
+        sink.put(event)
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """Counts how often another thread woke it."""
+
+    wakes = 0
+
+    def call_soon_threadsafe(self, *arguments: Any, **options: Any) -> asyncio.Handle:
+        self.wakes += 1
+        return super().call_soon_threadsafe(*arguments, **options)
+
+
+def wakes_of(work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Run a coroutine; return how often other threads woke its loop."""
+    loop = CountingLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(work())
+        return loop.wakes
+
+
+class TestMailbox:
+    def test_events_that_wait_together_wake_the_loop_once(self) -> None:
+        seen: list[tuple[str, Event]] = []
+
+        async def work() -> None:
+            mailbox = Mailbox()
+            a = mailbox.sink(lambda event: seen.append(("a", event)))
+            b = mailbox.sink(lambda event: seen.append(("b", event)))
+            for step in range(2):
+                on_a_thread(partial(put_in, [a, b, a], token(step)))
+                assert len(seen) == 3 * step
+                await asyncio.sleep(0.01)
+
+        assert wakes_of(work) == 2
+        assert [name for name, _ in seen] == ["a", "b", "a"] * 2
+        assert [event for _, event in seen] == [token(0)] * 3 + [token(1)] * 3
+
+    def test_none_is_lost_or_overtaken_while_the_loop_works(self) -> None:
+        count, seen = 20_000, list[int]()
+
+        async def work() -> None:
+            mailbox = Mailbox()
+            sink = mailbox.sink(lambda event: seen.append(cast(TokenEvent, event).token))
+
+            def put() -> None:
+                for number in range(count):
+                    sink.put(token(number))
+
+            await asyncio.to_thread(put)
+            await asyncio.sleep(0.01)
+
+        asyncio.run(work())
+        assert seen == list(range(count))
+
+    def test_a_failing_receiver_keeps_nothing_from_the_others(self) -> None:
+        seen: list[Event] = []
+        failures: list[dict[str, Any]] = []
+
+        def fail(event: Event) -> None:
+            raise ValueError("a bug")
+
+        async def work() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, what: failures.append(what))
+            mailbox = Mailbox()
+            failing, good = mailbox.sink(fail), mailbox.sink(seen.append)
+            on_a_thread(partial(put_in, [failing, good, failing, good], token(1)))
+            await asyncio.sleep(0.01)
+
+        asyncio.run(work())
+        assert len(seen) == len(failures) == 2
+
+
+class ScriptedEngine:
+    """Puts a list of events for each request, all of them as soon as it is submitted."""
+
+    def __init__(self, script: Sequence[Event]) -> None:
+        self.script = script
+        self.aborted: list[tuple[str, FinishReason]] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        def put() -> None:
+            for event in self.script:
+                for request in requests:
+                    request.sink.put(event)
+
+        on_a_thread(put)
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        self.aborted.append((request_id, reason))
+
+
+class TestGeneration:
+    @pytest.fixture
+    def generate(self, base: BaseModel) -> Callable[..., Any]:
+        """Return what collects the batches of deltas of a script, and the error at the end."""
+
+        async def collect(
+            engine: ScriptedEngine, choices: int = 1, stops: tuple[str, ...] = ()
+        ) -> tuple[list[Sequence[Delta]], ApiError | None]:
+            service = SimpleNamespace(
+                engine=engine,
+                mailbox=Mailbox(),
+                metrics=RequestMetrics("m", ["full"], []),
+                vocabulary=Vocabulary(base.tokenizer),
+                draining=False,
+            )
+            spec = ChoiceSpec((1,), SamplingParams(max_tokens=9), stops, None)
+            generation = Generation(cast(Service, service), "full", "r", [spec] * choices)
+            batches: list[Sequence[Delta]] = []
+            try:
+                async for deltas in generation.deltas():
+                    batches.append(deltas)
+            except ApiError as error:
+                return batches, error
+            return batches, None
+
+        return lambda *given, **named: asyncio.run(collect(*given, **named))
+
+    def test_what_waits_comes_at_once_and_in_order(
+        self, base: BaseModel, generate: Callable[..., Any]
+    ) -> None:
+        numbers = base.tokenizer(" one two three")["input_ids"]
+        last = token(numbers[-1], FinishReason.LENGTH)
+        script = [*map(token, numbers[:-1]), last, Ended(FinishReason.LENGTH, TIMELINE)]
+        engine = ScriptedEngine(script)
+        batches, error = generate(engine, choices=2)
+        assert error is None
+        assert len(batches) == 1
+        assert not engine.aborted
+        for index in range(2):
+            deltas = [delta for delta in batches[0] if delta.choice == index]
+            assert [shown.token for delta in deltas for shown in delta.shown] == numbers
+            assert "".join(delta.text for delta in deltas) == " one two three"
+            assert [delta.finish for delta in deltas] == [
+                *[None] * (len(numbers) - 1),
+                FinishReason.LENGTH,
+            ]
+
+    @pytest.mark.parametrize(
+        ("end", "status"), [(FinishReason.ERROR, 500), (FinishReason.ABORT, 503)]
+    )
+    def test_tokens_come_before_the_failure_that_came_with_them(
+        self, generate: Callable[..., Any], end: FinishReason, status: int
+    ) -> None:
+        engine = ScriptedEngine([token(300), Ended(end, TIMELINE)])
+        batches, error = generate(engine, choices=2)
+        assert [delta.shown[0].token for deltas in batches for delta in deltas] == [300, 300]
+        assert error is not None
+        assert error.status == status
+        assert engine.aborted == [("r-1", FinishReason.ABORT)]  # the one that was still open
+
+    def test_a_stop_string_ends_a_choice_within_what_waits(
+        self, base: BaseModel, generate: Callable[..., Any]
+    ) -> None:
+        numbers = base.tokenizer(" one two three four")["input_ids"]
+        script = [*map(token, numbers), Ended(FinishReason.STOP, TIMELINE)]
+        engine = ScriptedEngine(script)
+        (deltas,), error = generate(engine, stops=("three",))
+        assert error is None
+        assert "".join(delta.text for delta in deltas) == " one two "
+        assert [delta.finish for delta in deltas if delta.finish] == [FinishReason.STOP]
+        assert engine.aborted == [("r-0", FinishReason.STOP)]
+
+
+def test_a_piece_of_several_events_is_sent_as_it_is() -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield b'data: {"a":1}\n\ndata: {"a":2}\n\n'
+        yield b'data: {"a":3}\n\n'
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    asyncio.run(EventStream(pieces(), {})({"type": "http"}, receive, send))
+    bodies = [message["body"] for message in sent[1:]]
+    assert [body.count(b"data: ") for body in bodies] == [2, 1, 1, 0]
+    assert events(b"".join(bodies)) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    assert [message["more_body"] for message in sent[1:]] == [True, True, True, False]
