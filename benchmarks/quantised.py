@@ -254,7 +254,9 @@ def _row(
     variants = Variants(base.layers, [Variant(FULL, frozenset(range(base.layers)))])
     weight_bytes = _weight_bytes(base)
     pool = _CPU_POOL if base.device.type == "cpu" else None
-    config = EngineConfig(limits_for(max(speed.batches), base.device, None), pool)
+    limits = limits_for(max(speed.batches), base.device, None)
+    compiled = cache_folder() / "compiled" if mode == COMPILED else None
+    config = EngineConfig(limits, pool, compiled=compiled)
     with running(base, variants, config) as engine:
         steps = {size: _decoded(engine, size, speed) for size in speed.batches}
         chunk = statistics.median(

@@ -43,6 +43,7 @@ from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
 _STEPS = 64
+_MEASURED = ("full", "plain", "substituted")
 
 Cell = tuple[int, int]
 """Requests that decode together, and the tokens of each."""
@@ -98,8 +99,7 @@ def main(
             for what, value in seconds.items():
                 times[cell].setdefault(what, []).append(value)
     rows = [
-        Row(*cell, **{what: statistics.median(each) for what, each in times[cell].items()})
-        for cell in cells
+        Row(*cell, *(statistics.median(times[cell][what]) for what in _MEASURED)) for cell in cells
     ]
     _print(rows, f"{shape or model}, {drop} dropped: {described}")
     if output is not None:
@@ -123,7 +123,8 @@ def _turn(
     take."""
     base, variants, described = passing(lambda: _prepared(load, drop, kind))
     most = max(count for count, _ in cells)
-    config = EngineConfig(limits_for(most, base.device, None))
+    limits = limits_for(most, base.device, None)
+    config = EngineConfig(limits, compiled=cache_folder() / "compiled")
     with running(base, variants, config) as engine:
         measured = {"full": FULL, "plain": PRUNED} if kind is None else {"substituted": PRUNED}
         decode(engine, {PRUNED: most}, 32, 8)
