@@ -179,9 +179,8 @@ def _engine(base: BaseModel, at_once: int, tokens: int, waiting: int) -> Iterato
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     a_token = 2 * base.layers * heads * size * base.model.dtype.itemsize
-    pages = int(1.1 * at_once * (tokens + 32) * a_token)
-    engine = EngineConfig(limits, pages, compiled=cache_folder() / "compiled")
-    with running(base, variants, engine) as started:
+    pages = EngineConfig(limits, int(1.1 * at_once * (tokens + 32) * a_token))
+    with running(base, variants, pages) as started:
         yield started
 
 

@@ -28,7 +28,7 @@ from typing import TypeVar
 
 import torch
 
-from pruning.loading import BaseModel
+from pruning.loading import BaseModel, cache_folder
 from pruning.variants import Variants
 from server.engine.assembly import EngineConfig, build_engine, default_limits
 from server.engine.engine import Engine
@@ -36,6 +36,8 @@ from server.engine.request import Ended, Event, FinishReason, Request, SamplingP
 from server.engine.scheduler import Limits
 from server.engine.stats import EngineStats
 
+COMPILED = cache_folder() / "compiled"
+"""Where a server keeps compiled layers."""
 _PATIENCE = 600.0
 """Seconds without a token after which a run has failed."""
 
@@ -190,6 +192,16 @@ def passing(work: Callable[[], Result]) -> Result:
     """Do work on a thread that ends: its OpenMP team would slow down that of the engine."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
+
+
+def compile_ahead(base: BaseModel) -> None:
+    """Compile a model's four-bit layers into the cache, where an engine with `COMPILED` finds them.
+
+    The model is used up: it runs by them from now on, and an engine wants one that does not yet.
+    """
+    from server.engine.ahead import CompiledLayers  # brings much of torch along
+
+    CompiledLayers(base.model, COMPILED).compile_missing()
 
 
 @contextmanager

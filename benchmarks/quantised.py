@@ -33,23 +33,31 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.inprocess import Running, decode, machine, passing, prefill, running
+from benchmarks.inprocess import (
+    COMPILED,
+    Running,
+    compile_ahead,
+    decode,
+    machine,
+    passing,
+    prefill,
+    running,
+)
 from benchmarks.peers import free_memory
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.shapes import device_and_dtype, random_base
 from benchmarks.step import limits_for
 from pruning.calibration import calibrate
-from pruning.loading import DTYPES, EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
+from pruning.loading import DTYPES, EMBEDDED_MODEL, BaseModel, load_base_model
 from pruning.quantised import EightBitHead, four_bit_layers, quantise
 from pruning.variants import FULL, Variant, Variants
-from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
-COMPILED = "int4-compiled"
+INT4_COMPILED = "int4-compiled"
 """int4 as served once the layers are compiled; quality is that of the uncompiled layers."""
 PROMPTS = "float8-prompts"
 MODES = {
-    "cpu": ("float32", "bfloat16", "int4", COMPILED),
+    "cpu": ("float32", "bfloat16", "int4", INT4_COMPILED),
     "cuda": ("float32", "bfloat16", "int8", "float8", PROMPTS),
 }
 """The first is the reference."""
@@ -192,6 +200,10 @@ def _predictions(base: BaseModel, tokens: Tensor) -> list[Tensor]:
 def _loaded(model: str, mode: str, device: torch.device) -> BaseModel:
     base = load_base_model(model, dtype=_dtype(mode), device=str(device))
     _put_into(mode, base)
+    if mode == INT4_COMPILED:
+        compile_ahead(base)
+        base = load_base_model(model, dtype=_dtype(mode), device=str(device))
+        _put_into(mode, base)
     return base
 
 
@@ -204,8 +216,6 @@ def _put_into(mode: str, base: BaseModel) -> None:
     """Put a model's weights into the few bits of a mode."""
     if mode.startswith("int4"):
         quantise(base.model)
-    if mode == COMPILED:
-        CompiledLayers(base.model, cache_folder() / "compiled").compile_missing()
     if mode in _EIGHT_BITS:
         from server.engine import eight_bits  # Triton exists on GPU machines only
 
@@ -255,7 +265,7 @@ def _row(
     weight_bytes = _weight_bytes(base)
     pool = _CPU_POOL if base.device.type == "cpu" else None
     limits = limits_for(max(speed.batches), base.device, None)
-    compiled = cache_folder() / "compiled" if mode == COMPILED else None
+    compiled = COMPILED if mode == INT4_COMPILED else None
     config = EngineConfig(limits, pool, compiled=compiled)
     with running(base, variants, config) as engine:
         steps = {size: _decoded(engine, size, speed) for size in speed.batches}

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.inprocess import decode, machine, passing, running
+from benchmarks.inprocess import COMPILED, compile_ahead, decode, machine, passing, running
 from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
 from benchmarks.step import limits_for
-from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
+from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
 from pruning.plan import parse_drop
 from pruning.quantised import four_bit_layers, is_on_grid, quantise, quantise_substitutes, runs_here
 from pruning.substitutes import (
@@ -39,7 +39,6 @@ from pruning.substitutes import (
     parse_substitutes,
 )
 from pruning.variants import FULL, Variants
-from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 
 _STEPS = 64
@@ -112,7 +111,6 @@ def _served(model: str) -> BaseModel:
     base = load_base_model(model)
     if runs_here(base.device) and is_on_grid(base.model):
         quantise(base.model)
-        CompiledLayers(base.model, cache_folder() / "compiled").compile_missing()
     return base
 
 
@@ -121,10 +119,10 @@ def _turn(
 ) -> tuple[dict[Cell, dict[str, float]], str]:
     """Return the seconds of a step in each cell, by what is measured, and what the substitutes
     take."""
-    base, variants, described = passing(lambda: _prepared(load, drop, kind))
+    base, variants, described = passing(lambda: _compiled(load, drop, kind))
     most = max(count for count, _ in cells)
     limits = limits_for(most, base.device, None)
-    config = EngineConfig(limits, compiled=cache_folder() / "compiled")
+    config = EngineConfig(limits, compiled=COMPILED)
     with running(base, variants, config) as engine:
         measured = {"full": FULL, "plain": PRUNED} if kind is None else {"substituted": PRUNED}
         decode(engine, {PRUNED: most}, 32, 8)
@@ -136,6 +134,17 @@ def _turn(
             for count, tokens in cells
         }
     return found, described
+
+
+def _compiled(
+    load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None
+) -> tuple[BaseModel, Variants, str]:
+    """Return `_prepared`, with compiled layers in the cache where it has four-bit ones."""
+    prepared = _prepared(load, drop, kind)
+    if not four_bit_layers(prepared[0].model):
+        return prepared
+    compile_ahead(prepared[0])
+    return _prepared(load, drop, kind)
 
 
 def _prepared(
