@@ -93,7 +93,8 @@ def test_an_interrupted_command_leaves_nothing(folder, tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, said.decode()
     assert os.listdir(tmp_path) == []
 
 
