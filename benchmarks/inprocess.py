@@ -30,6 +30,7 @@ import torch
 
 from pruning.loading import BaseModel, cache_folder
 from pruning.variants import Variants
+from server.engine.ahead import COMPILER
 from server.engine.assembly import EngineConfig, build_engine, default_limits
 from server.engine.engine import Engine
 from server.engine.request import Ended, Event, FinishReason, Request, SamplingParams, TokenEvent
@@ -194,23 +195,15 @@ def passing(work: Callable[[], Result]) -> Result:
         return pool.submit(work).result()
 
 
-def compile_ahead(base: BaseModel) -> None:
-    """Compile a model's four-bit layers into the cache, where an engine with `COMPILED` finds them.
-
-    The model is used up: it runs by them from now on, and an engine wants one that does not yet.
-    """
-    from server.engine.ahead import CompiledLayers  # brings much of torch along
-
-    CompiledLayers(base.model, COMPILED).compile_missing()
-
-
 @contextmanager
 def running(base: BaseModel, variants: Variants, config: EngineConfig) -> Iterator[Running]:
-    """Yield a started engine and stop it afterwards."""
+    """Yield a started engine, with all layers compiled that are to be, and stop it afterwards."""
     limits = config.limits or default_limits(base.device)
     before = time.monotonic()
     engine = passing(lambda: build_engine(base, variants, config))
     seconds = time.monotonic() - before
+    for compiler in (thread for thread in threading.enumerate() if thread.name == COMPILER):
+        compiler.join()
     engine.start()
     try:
         yield Running(engine, base.model.config.vocab_size, limits, seconds)

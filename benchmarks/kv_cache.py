@@ -11,7 +11,6 @@ of decoding are of random tokens at --context.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 import uuid
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import predictions
 from benchmarks.inprocess import Running, TokenClock, decode, machine, passing, running
 from benchmarks.peers import free_memory
 from benchmarks.step import limits_for, times
@@ -227,32 +227,20 @@ def compared(
 
 
 def _row(variant: str, stored: str, this: Measured, auto: Measured, windows: Tensor) -> Row:
-    loss, kl, agreement = _quality(this, auto, windows)
-    auto_loss, _, _ = _quality(auto, auto, windows)
+    quality = predictions.compared(windows, auto.logprobs, this.logprobs)
+    own = predictions.compared(windows, auto.logprobs, auto.logprobs)
     return Row(
         variant=variant,
         kv_cache_dtype=stored,
-        perplexity=math.exp(loss),
-        perplexity_ratio=math.exp(loss - auto_loss),
-        kl=kl,
-        agreement=agreement,
+        perplexity=quality.perplexity,
+        perplexity_ratio=quality.perplexity / own.perplexity,
+        kl=quality.kl,
+        agreement=quality.agreement,
         kv_bytes_per_token=this.kv_bytes_per_token,
         capacity_tokens=this.capacity_tokens,
         step_seconds=this.step_seconds,
         over_auto={n: auto.step_seconds[n] / seconds for n, seconds in this.step_seconds.items()},
     )
-
-
-def _quality(this: Measured, auto: Measured, windows: Tensor) -> tuple[float, float, float]:
-    """Return the mean loss, KL(auto || this), both in nats, and how often both find the same token
-    most likely."""
-    loss, kl, agrees = [], [], []
-    for window, true, mine in zip(windows, auto.logprobs, this.logprobs, strict=True):
-        loss.append(-mine.gather(1, window[1:, None])[:, 0])
-        kl.append((true.exp() * (true - mine)).sum(-1))
-        agrees.append((true.argmax(-1) == mine.argmax(-1)).double())
-    means = [torch.cat(parts).double().mean().item() for parts in (loss, kl, agrees)]
-    return means[0], means[1], means[2]
 
 
 def _print(title: str, rows: Sequence[Row]) -> None:

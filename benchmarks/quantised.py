@@ -16,7 +16,6 @@ bandwidth of this run.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ from torch import Tensor
 from benchmarks.inprocess import (
     COMPILED,
     Running,
-    compile_ahead,
     decode,
     machine,
     passing,
@@ -44,6 +42,7 @@ from benchmarks.inprocess import (
     running,
 )
 from benchmarks.peers import free_memory
+from benchmarks.predictions import Quality, compared
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.shapes import device_and_dtype, random_base
 from benchmarks.step import limits_for
@@ -67,15 +66,6 @@ _EIGHT_BITS = {"int8": "int8", "float8": "float8", PROMPTS: "float8"}
 _CPU_POOL = 1 << 29
 """Bytes; a GPU's pool is what it is when serving."""
 _WARM_UP_CONTEXT, _WARM_UP_STEPS = 32, 8
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """How far predictions are from the reference's."""
-
-    perplexity: float
-    kl: float
-    agreement: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +190,6 @@ def _predictions(base: BaseModel, tokens: Tensor) -> list[Tensor]:
 def _loaded(model: str, mode: str, device: torch.device) -> BaseModel:
     base = load_base_model(model, dtype=_dtype(mode), device=str(device))
     _put_into(mode, base)
-    if mode == INT4_COMPILED:
-        compile_ahead(base)
-        base = load_base_model(model, dtype=_dtype(mode), device=str(device))
-        _put_into(mode, base)
     return base
 
 
@@ -230,15 +216,12 @@ def _logprobs(base: BaseModel, window: Tensor) -> Tensor:
 
 def _quality(mode: str, base: BaseModel, tokens: Tensor, exact: list[Tensor]) -> Quality:
     """Compare predictions with the reference's."""
-    loss = kl = agreed = 0.0
-    for window, true in zip(tokens, exact, strict=True):
-        with _as_decoding(mode, len(window)):
-            found = _logprobs(base, window)
-        loss -= float(found.gather(1, window[1:, None]).sum())
-        kl += float((true.exp() * (true - found)).sum())
-        agreed += float((true.argmax(-1) == found.argmax(-1)).sum())
-    count = len(exact) * (tokens.shape[1] - 1)
-    return Quality(math.exp(loss / count), kl / count, agreed / count)
+    return compared(tokens, exact, (_decoded_logprobs(mode, base, window) for window in tokens))
+
+
+def _decoded_logprobs(mode: str, base: BaseModel, window: Tensor) -> Tensor:
+    with _as_decoding(mode, len(window)):
+        return _logprobs(base, window)
 
 
 @contextmanager

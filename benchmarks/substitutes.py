@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.inprocess import COMPILED, compile_ahead, decode, machine, passing, running
+from benchmarks.inprocess import COMPILED, decode, machine, passing, running
 from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
 from benchmarks.step import limits_for
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
@@ -119,7 +119,7 @@ def _turn(
 ) -> tuple[dict[Cell, dict[str, float]], str]:
     """Return the seconds of a step in each cell, by what is measured, and what the substitutes
     take."""
-    base, variants, described = passing(lambda: _compiled(load, drop, kind))
+    base, variants, described = passing(lambda: _prepared(load, drop, kind))
     most = max(count for count, _ in cells)
     limits = limits_for(most, base.device, None)
     config = EngineConfig(limits, compiled=COMPILED)
@@ -134,17 +134,6 @@ def _turn(
             for count, tokens in cells
         }
     return found, described
-
-
-def _compiled(
-    load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None
-) -> tuple[BaseModel, Variants, str]:
-    """Return `_prepared`, with compiled layers in the cache where it has four-bit ones."""
-    prepared = _prepared(load, drop, kind)
-    if not four_bit_layers(prepared[0].model):
-        return prepared
-    compile_ahead(prepared[0])
-    return _prepared(load, drop, kind)
 
 
 def _prepared(

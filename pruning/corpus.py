@@ -172,12 +172,18 @@ def make_corpus(
         raise CalibrationError(f"each file can be given once, not {names}")
     found = [] if not request.written else [_split(SELF, SELF, maker.written())]
     found += [_split(path, calibration_source(path), maker.text(path)) for path in request.texts]
-    for path in request.prompts:
-        source = SELF_CHAT if path == SELF else calibration_source(path)
-        found.append(_split(SELF_CHAT if path == SELF else path, source, maker.answers(path)))
+    found += [
+        _split(SELF_CHAT if path == SELF else path, _prompts_source(path), maker.answers(path))
+        for path in request.prompts
+    ]
     if not found:
         raise CalibrationError("name something to train on: --written, --text or --prompts")
     return tuple(found)
+
+
+def _prompts_source(path: str) -> str:
+    """Return what a file of prompts is named by, `self` included."""
+    return SELF_CHAT if path == SELF else calibration_source(path)
 
 
 def _split(name: str, source: str, rows: Rows) -> Source:
@@ -222,8 +228,7 @@ class _Maker:
         return _whole(whole_file(path, self._base, self._request.length))
 
     def answers(self, path: str) -> Rows:
-        source = SELF_CHAT if path == SELF else calibration_source(path)
-        question = {"prompts": source, "answers": self._request.answers}
+        question = {"prompts": _prompts_source(path), "answers": self._request.answers}
         return self._kept(question, lambda: self._answer(path))
 
     def _write(self, samples: int) -> Rows:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -14,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.answers import EventStream, Json, json_event, unless_client_leaves
-from server.api.chunks import Chunks
+from server.api.chunks import Chunks, chunk_events
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Delta, Generation, Shown
@@ -134,28 +135,20 @@ async def _collect(call: _Call, generation: Generation) -> Json:
 
 
 async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
-    options = call.body.stream_options
-    with_usage = options is not None and options.include_usage
-    continuous = options is not None and with_usage and options.continuous_usage_stats
-    usage = Usage(len(call.prompt), 0)
-    header: dict[str, Any] = call.header("chat.completion.chunk")
-    if with_usage:
-        header["usage"] = None
-    for index in range(call.body.n or 1):
-        yield json_event({**header, "choices": [_speaker(index)]})
-    chunks = Chunks(header)
-    async with aclosing(generation.deltas()) as pieces:
-        async for deltas in pieces:
-            events = []
-            for delta in deltas:
-                usage.completion_tokens += delta.generated
-                if continuous:
-                    chunks = Chunks({**header, "usage": usage.json()})
-                events.append(_event(call, chunks, delta))
-            yield "".join(events).encode()
-    if with_usage:
-        usage.cached_tokens = generation.cached_tokens(call.body.n or 1)
-        yield json_event({**header, "choices": [], "usage": usage.json()})
+    options, count = call.body.stream_options, call.body.n or 1
+    header = call.header("chat.completion.chunk")
+    first = {**header, "usage": None} if options is not None and options.include_usage else header
+    for index in range(count):
+        yield json_event({**first, "choices": [_speaker(index)]})
+
+    def chunks_with(fields: Json) -> Chunks:
+        return Chunks({**header, **fields})
+
+    usage, event_of = Usage(len(call.prompt), 0), partial(_event, call)
+    events = chunk_events(generation, usage, count, options, chunks_with, event_of)
+    async with aclosing(events):
+        async for event in events:
+            yield event
 
 
 def _speaker(index: int) -> dict[str, Any]:

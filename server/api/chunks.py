@@ -10,8 +10,13 @@ the whole object would give.
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from server.api.answers import Json
+from server.api.generation import Delta, Generation
+from server.api.schema import StreamOptions
+from server.api.usage import Usage
 from server.engine.request import FinishReason
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -42,9 +47,47 @@ class Chunks:
         delta = "{}" if content is None else f'{{"content":{_encode(content)}}}'
         return self._chunk(index, f'"delta":{delta}', logprobs, finish)
 
+    def of_nothing(self) -> str:
+        """Return the event without a choice, which ends a stream with its usage."""
+        return f"{self._head}{self._tail}"
+
     def _chunk(
         self, index: int, added: str, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         shown = "null" if logprobs is None else _encode(logprobs)
         choice = f'{{"index":{index},{added},"logprobs":{shown},"finish_reason":{_FINISH[finish]}}}'
         return f"{self._head}{choice}{self._tail}"
+
+
+async def chunk_events(
+    generation: Generation,
+    usage: Usage,
+    drafts: int,
+    options: StreamOptions | None,
+    chunks_with: Callable[[Json], Chunks],
+    event_of: Callable[[Chunks, Delta], str],
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a generation's pieces, those that came together at once, and usage if the
+    client wants it.
+
+    Args:
+        usage: of the prompt; what is generated is added to it.
+        drafts: how many choices share a prompt.
+        chunks_with: what makes the events of chunks that hold these fields, `usage` or none.
+        event_of: the event of one piece.
+    """
+    with_usage = options is not None and options.include_usage
+    continuous = options is not None and with_usage and options.continuous_usage_stats
+    chunks = chunks_with({"usage": None} if with_usage else {})
+    async with aclosing(generation.deltas()) as pieces:
+        async for deltas in pieces:
+            events = []
+            for delta in deltas:
+                usage.completion_tokens += delta.generated
+                if continuous:
+                    chunks = chunks_with({"usage": usage.json()})
+                events.append(event_of(chunks, delta))
+            yield "".join(events).encode()
+    if with_usage:
+        usage.cached_tokens = generation.cached_tokens(drafts)
+        yield chunks_with({"usage": usage.json()}).of_nothing().encode()

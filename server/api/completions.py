@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import EventStream, Json, json_event, unless_client_leaves
-from server.api.chunks import Chunks
+from server.api.answers import EventStream, Json, unless_client_leaves
+from server.api.chunks import Chunks, chunk_events
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Delta, Generation, Shown
@@ -189,26 +189,19 @@ def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
     return kept
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
-    options = call.body.stream_options
-    with_usage = options is not None and options.include_usage
-    continuous = options is not None and with_usage and options.continuous_usage_stats
-    usage = Usage(call.prompt_tokens, 0)
-    header = call.header()
-    chunks = Chunks(header, {"usage": None} if with_usage else {})
-    async with aclosing(generation.deltas()) as pieces:
-        async for deltas in pieces:
-            events = []
-            for delta in deltas:
-                usage.completion_tokens += delta.generated
-                if continuous:
-                    chunks = Chunks(header, {"usage": usage.json()})
-                logprobs = _logprobs(call, delta.shown)
-                events.append(chunks.of_text(delta.choice, delta.text, logprobs, delta.finish))
-            yield "".join(events).encode()
-    if with_usage:
-        usage.cached_tokens = generation.cached_tokens(call.body.drafts)
-        yield json_event({**header, "choices": [], "usage": usage.json()})
+def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
+    def event_of(chunks: Chunks, delta: Delta) -> str:
+        logprobs = _logprobs(call, delta.shown)
+        return chunks.of_text(delta.choice, delta.text, logprobs, delta.finish)
+
+    return chunk_events(
+        generation,
+        Usage(call.prompt_tokens, 0),
+        call.body.drafts,
+        call.body.stream_options,
+        partial(Chunks, call.header()),
+        event_of,
+    )
 
 
 def _choice(call: _Call, index: int, answer: _Answer) -> dict[str, Any]:

@@ -53,6 +53,9 @@ from server.engine.native import (
 
 logger = logging.getLogger(__name__)
 
+COMPILER = "compile"
+"""The name of the thread that compiles in the background."""
+
 MOST_ROWS = FEW_ROWS
 """Rows up to which products run on four bits, and so the functions hold."""
 _EXAMPLE_ROWS = 3
@@ -95,7 +98,7 @@ class CompiledLayers:
         Without a working C++ compiler they stay as they are, and the log says so.
         """
         # No daemon: the interpreter must not end while compiled code is being made.
-        thread = threading.Thread(target=self._compile_quietly, name="compile")
+        thread = threading.Thread(target=self._compile_quietly, name=COMPILER)
         thread.start()
         return thread
 

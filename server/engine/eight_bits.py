@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 Kind = Literal["int8", "float8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_DTYPES: dict[Kind, tuple[torch.dtype, int]] = {
-    "int8": (torch.int8, 127),
-    "float8": (torch.float8_e4m3fn, 448),
+_DTYPES: dict[Kind, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, torch.iinfo(torch.int8).max),
+    "float8": (torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
 }
 """And the largest number."""
 _LEAST = (8, 0)

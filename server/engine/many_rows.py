@@ -22,7 +22,7 @@ from server.engine.packing import first_input, input_of, numbers
 
 _BAND = 8192
 """Outputs that are written out at a time."""
-_LARGEST: tl.constexpr = tl.constexpr(448)
+_LARGEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
 """In float8 e4m3."""
 _LEAST = (8, 9)
 """Compute capability from which on tensor cores multiply float8."""

@@ -77,6 +77,17 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Counter[str]]:
     return graphs
 
 
+def check_as_exact(exact: BaseModel, plain: BaseModel, fast: BaseModel) -> None:
+    """Check that compiled layers are as near to exact logits as plain ones in the same dtype."""
+    backend = Dense()
+    for rows, attending in STEPS:
+        expected = logits(exact, CausalAttention(), rows, attending)
+        allowed = (logits(plain, CausalAttention(), rows, attending) - expected).norm()
+        with torch.compiler.config.patch(force_disable_caches=True):
+            got = (logits(fast, OperatorAttend(backend), rows, attending) - expected).norm()
+        assert got < 1.5 * allowed
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiled_layers_are_as_exact_as_the_familys_own_code(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -88,13 +99,7 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
     )
     merge_projections(fast.model)
     compile_layers(fast.model)
-    backend = Dense()
-    for rows, attending in STEPS:
-        expected = logits(exact, CausalAttention(), rows, attending)
-        allowed = (logits(plain, CausalAttention(), rows, attending) - expected).norm()
-        with torch.compiler.config.patch(force_disable_caches=True):
-            got = (logits(fast, OperatorAttend(backend), rows, attending) - expected).norm()
-        assert got < 1.5 * allowed
+    check_as_exact(exact, plain, fast)
     attending_layers = [graph for graph in graphs if graph["attndrop.attend.default"]]
     assert attending_layers
     for graph in attending_layers:
@@ -120,13 +125,7 @@ def test_compiled_layers_read_eight_bits(kind: Kind, monkeypatch: pytest.MonkeyP
     quantise(fast.model, kind)
     assert merge_projections(fast.model) == 0
     compile_layers(fast.model)
-    backend = Dense()
-    for rows, attending in STEPS:
-        expected = logits(exact, CausalAttention(), rows, attending)
-        allowed = (logits(plain, CausalAttention(), rows, attending) - expected).norm()
-        with torch.compiler.config.patch(force_disable_caches=True):
-            got = (logits(fast, OperatorAttend(backend), rows, attending) - expected).norm()
-        assert got < 1.5 * allowed
+    check_as_exact(exact, plain, fast)
     assert graphs
     for graph in graphs:
         if layers := graph["attndrop.attend.default"]:

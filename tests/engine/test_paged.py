@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,11 @@ def decode_batch(variants: Variants, layout: object, pages: int) -> Batch:
     return batch
 
 
+def queries_keys_values(heads: int, kv_heads: int, rows: int, dim: int) -> Iterator[torch.Tensor]:
+    for count in (heads, kv_heads, kv_heads):
+        yield torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     heads, kv_heads, dim, shape = form
@@ -77,10 +83,7 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
         backend.prepare(batch)
     for layer in (0, 2, 7):
         rows = batch.attending_rows[layer]
-        q, k, v = (
-            torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
-            for count in (heads, kv_heads, kv_heads)
-        )
+        q, k, v = queries_keys_values(heads, kv_heads, rows, dim)
         got = paged(layer, q, k, v, shape).double()
         expected = reference(layer, q.double(), k.double(), v.double(), shape)
         assert torch.isfinite(got).all()
@@ -105,10 +108,7 @@ def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
             backend.prepare(batch)
         for layer in (0, 2, 7):
             rows = batch.attending_rows[layer]
-            q, k, v = (
-                torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
-                for count in (heads, kv_heads, kv_heads)
-            )
+            q, k, v = queries_keys_values(heads, kv_heads, rows, dim)
             v *= 300
             assert v.abs().max() > 448
             got = paged(layer, q, k, v, shape).double()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
+LARGEST = torch.finfo(E4M3).max
 """There is no infinity; torch makes what is larger a NaN."""
 
 
