@@ -1,9 +1,10 @@
-"""Distillation: train the substitutes of dropped sublayers, nothing else, to match the full model.
+"""Distillation: train the substitutes of dropped sublayers to match the full model.
 
 A step draws a batch, runs the full model without gradients and the pruned one with them, and moves
-the substitutes against the gradient of KL(full || pruned) (AdamW; the rate rises, then falls as a
-cosine). Every so many steps the held-out rows are judged; the best weights seen are the result, and
-training ends early where it has not got better for long.
+the substitutes, and whatever else of the pruned model's own is to be trained, against the gradient
+of KL(full || pruned) (AdamW; the rate rises, then falls as a cosine). Every so many steps the
+held-out rows are judged; the best weights seen are the result, and training ends early where it has
+not got better for long.
 
 The weights of the base model are read, never written. What is trained is in float32; on a GPU
 products are computed in bfloat16. A run that was broken off goes on from its checkpoint.
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -115,9 +117,19 @@ class Distilled:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Additions:
+    """What is trained beside the substitutes: parameters of layers that are the pruned model's own
+    (`layers` of its twin)."""
+
+    parts: Mapping[str, nn.Parameter]
+    """By names that no substitute's part has."""
+    learning_rate: float
+    """The highest one. That of the training is for substitutes, in coordinates of their own."""
+
+
 def trainable(trainees: Mapping[int, Trainee]) -> dict[str, nn.Parameter]:
-    """Return all that is trained, by name. Another kind of part would be added here, and to what
-    `Twin.pruned` is given."""
+    """Return what is trained of substitutes, by name."""
     return {
         f"layers.{layer}.{name}": part
         for layer, each in sorted(trainees.items())
@@ -138,8 +150,10 @@ class Distillation:
         training: Training,
         checkpoint: Checkpoint,
         progress: Progress,
+        additions: Additions | None = None,
     ) -> None:
-        """There is one trainee for each dropped layer of `twin`.
+        """There is one trainee for each dropped layer of `twin`; `held_out` judges by a twin of the
+        same layers.
 
         Raises:
             DivergenceError: what training begins with is not finite.
@@ -155,13 +169,20 @@ class Distillation:
         self._gradient = DivergenceGradient(base)
         self._trainees = trainees
         self._parts = trainable(trainees)
+        groups: list[dict[str, Any]] = [{"params": list(self._parts.values()), "share": 1.0}]
+        if additions is not None:
+            share = additions.learning_rate / training.learning_rate
+            groups.append({"params": list(additions.parts.values()), "share": share})
+            self._parts |= additions.parts
         self._optimizer = torch.optim.AdamW(
-            self._parts.values(),
+            groups,
             lr=training.learning_rate,
             betas=_BETAS,
             weight_decay=0.0,  # the fit is the prior, not zero
             fused=base.device.type == "cuda",
         )
+        self.parameters = sum(part.numel() for part in self._parts.values())
+        """How many numbers are trained."""
         self._began = time.monotonic()
         self._saving = 0.0
         fresh = self._judged(State.new(self._parts))
@@ -210,7 +231,7 @@ class Distillation:
         seen.backward(gradient)  # type: ignore[no-untyped-call]
         self._clip()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._training.rate(self._done())
+            group["lr"] = group["share"] * self._training.rate(self._done())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         state.step += 1

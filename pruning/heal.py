@@ -77,8 +77,8 @@ class Healing:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Task:
-    """One healing, prepared."""
+class Task:
+    """One healing, prepared: what it is trained and judged on."""
 
     request: HealRequest
     kind: SubstituteKind
@@ -129,8 +129,7 @@ class Healer:
             HealError, PlanError, SubstituteError, CalibrationError, DivergenceError,
                 CheckpointError: with one sentence for the user.
         """
-        check_dtype(self._base)
-        task = self._task(request)
+        task = self.prepared(request)
         before = task.held_out.qualities(self._standing(task.layers))
         checkpoint = Checkpoint(self._checkpoint_path(task))
         distillation = self._distillation(task, checkpoint)
@@ -141,15 +140,20 @@ class Healer:
         plan = task.plan.healed(record, baseline, qualities)
         return Healing(plan, healed, distillation.started, distilled, checkpoint)
 
-    def _task(self, request: HealRequest) -> _Task:
-        """Check the request, and make what it is trained and judged on."""
+    def prepared(self, request: HealRequest) -> Task:
+        """Check the request, and make what it is trained and judged on.
+
+        Raises:
+            HealError, PlanError, CalibrationError, DivergenceError: with one sentence for the user.
+        """
+        check_dtype(self._base)
         kind = self._kind(request)
         self._check_depths(request, kind)
         plan = self._plan.with_drop(request.drop)
         self._make_folder()
         sources = make_corpus(self._base, request.corpus, self._folder, self._progress)
         twin = Twin(self._base, plan.dropped_layers())
-        return _Task(request, kind, plan, sources, twin, HeldOut(self._base, twin, sources))
+        return Task(request, kind, plan, sources, twin, HeldOut(self._base, twin, sources))
 
     def _kind(self, request: HealRequest) -> SubstituteKind:
         """Return the kind of the healed plan's substitutes."""
@@ -184,17 +188,25 @@ class Healer:
                 f"measure at most --drop {request.drop}"
             )
 
-    def _distillation(self, task: _Task, checkpoint: Checkpoint) -> Distillation:
+    def trainees(self, task: Task) -> dict[int, Trainee]:
+        """Return the substitutes, ready to be trained, as training begins with them.
+
+        Raises:
+            HealError, SubstituteError: with one sentence for the user.
+        """
         start = self._start(task)
         width = int(self._base.model.config.get_text_config().hidden_size)
         rows = _some(task.training, _TOKENS_A_DIMENSION * width)
         inputs = input_statistics(self._base, rows, start, self._progress)
+        return {layer: Trainee(each, inputs[layer]) for layer, each in start.items()}
+
+    def _distillation(self, task: Task, checkpoint: Checkpoint) -> Distillation:
         training = task.request.training
         compiled = self._base.device.type == "cuda"
         return Distillation(
             self._base,
             Twin(self._base, task.layers, compiled=compiled),
-            {layer: Trainee(each, inputs[layer]) for layer, each in start.items()},
+            self.trainees(task),
             Batches(task.training, training.batch, training.seed),
             task.held_out,
             training,
@@ -202,7 +214,7 @@ class Healer:
             self._progress,
         )
 
-    def _start(self, task: _Task) -> Mapping[int, LinearSubstitute]:
+    def _start(self, task: Task) -> Mapping[int, LinearSubstitute]:
         """Return the substitutes to train: the plan's own, or ones fitted now or before."""
         if self._substitutes is not None and not task.request.refit:
             return self._own(task.layers)
@@ -257,7 +269,7 @@ class Healer:
 
     def _record(
         self,
-        task: _Task,
+        task: Task,
         substitutes: Substitutes,
         before: Mapping[str, Quality],
         distilled: Distilled,
@@ -287,7 +299,7 @@ class Healer:
         return SubstitutesRecord(str(task.kind), substitutes.fingerprint, healed)
 
     def _judged(
-        self, task: _Task, substitutes: Substitutes, judging: CalibrationSet | None
+        self, task: Task, substitutes: Substitutes, judging: CalibrationSet | None
     ) -> tuple[Baseline | None, dict[int, Quality]]:
         """Return the full model and the depths asked about, on the plan's held-out tokens."""
         if (tokens := _untouched(judging, task.sources)) is None:
@@ -303,7 +315,7 @@ class Healer:
 
     # What is kept, by a name that hashes everything it depends on.
 
-    def _fit_path(self, task: _Task) -> Path:
+    def _fit_path(self, task: Task) -> Path:
         asked = {
             "fit": str(task.kind),
             "tokens": task.request.fit_tokens,
@@ -312,7 +324,7 @@ class Healer:
         }
         return self._folder / f"{digest(asked)[:16]}{SUFFIX}"
 
-    def _checkpoint_path(self, task: _Task) -> Path:
+    def _checkpoint_path(self, task: Task) -> Path:
         asked = {
             "plan": self._plan.id,
             "drop": task.request.drop,

@@ -5,7 +5,7 @@ The table goes to stdout, progress and errors to stderr. Knows the options; heal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,14 @@ from pruning.distil import Training
 from pruning.divergence import Baseline, Quality
 from pruning.heal import Healer, Healing, HealRequest
 from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
-from pruning.plan import PlanError, parse_drop, read_with_substitutes, substitutes_path, write_plan
+from pruning.plan import (
+    Plan,
+    PlanError,
+    parse_drop,
+    read_with_substitutes,
+    substitutes_path,
+    write_plan,
+)
 from pruning.substitutes import parse_substitutes
 
 
@@ -48,6 +55,48 @@ class Amount:
     """Larger batches are less noisy and bear longer steps."""
     judge_every: int
     minutes: float
+
+    def corpus(
+        self,
+        *,
+        written: int | None,
+        texts: Sequence[str],
+        prompts: Sequence[str],
+        answers: int | None,
+        length: int | None,
+        seed: int,
+    ) -> CorpusRequest:
+        """Return what a user asks for, None being what is here."""
+        return CorpusRequest(
+            written=self.written if written is None else written,
+            texts=tuple(texts),
+            prompts=tuple(prompts),
+            answers=self.answers if answers is None else answers,
+            length=self.length if length is None else length,
+            seed=seed,
+        )
+
+    def training(
+        self,
+        *,
+        minutes: float | None,
+        steps: int | None,
+        learning_rate: float | None,
+        batch: int | None,
+        judge_every: int | None,
+        seed: int,
+    ) -> Training:
+        """Return what a user asks for, None being what is here."""
+        if steps is None and minutes is None:
+            minutes = self.minutes
+        return Training(
+            steps=steps,
+            seconds=None if minutes is None else minutes * 60,
+            learning_rate=self.learning_rate if learning_rate is None else learning_rate,
+            batch=self.batch if batch is None else batch,
+            judge_every=self.judge_every if judge_every is None else judge_every,
+            seed=seed,
+        )
 
 
 AMOUNTS = {
@@ -74,59 +123,74 @@ AMOUNTS = {
 }
 
 
+TextOption = Annotated[
+    list[str] | None, typer.Option(help="A text or .jsonl file to train on. Repeatable.")
+]
+PromptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A JSON-lines file of chat prompts (messages, prompt or turns), which the full "
+        "model answers, to train on the answers; or self, for prompts that it writes too. "
+        "Repeatable."
+    ),
+]
+WrittenOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Tokens of text that the full model writes, to train on."),
+]
+AnswersOption = Annotated[
+    int | None, typer.Option(help="Prompts of each file that are answered at most.")
+]
+KindOption = Annotated[
+    str | None,
+    typer.Option(help="What is fitted: linear or linear:RANK. Default: the plan's, or linear."),
+]
+RefitOption = Annotated[
+    bool, typer.Option("--refit", help="Fit again where the plan has substitutes.")
+]
+FitTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Training tokens that the fit takes.")
+]
+MinutesOption = Annotated[
+    float | None, typer.Option(help="How long to train, writing and fitting not counted.")
+]
+StepsOption = Annotated[
+    int | None, typer.Option(help="How many steps to train instead; 0 fits only.")
+]
+BatchOption = Annotated[int | None, typer.Option(help="Sequences of a step.")]
+LengthOption = Annotated[int | None, typer.Option(help="Tokens of a sequence.")]
+JudgeEveryOption = Annotated[
+    int | None, typer.Option(help="Steps between two looks at the held-out part.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of text, answers and order.")]
+
+
 def heal_command(
     plan: Annotated[Path, typer.Option(help="The plan file to heal.")],
     output: Annotated[Path, typer.Option(help="The plan file to write.")],
     model: ModelOption = EMBEDDED_MODEL,
     drop: DropOption = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="A text or .jsonl file to train on. Repeatable.")
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A JSON-lines file of chat prompts (messages, prompt or turns), which the full "
-            "model answers, to train on the answers; or self, for prompts that it writes too. "
-            "Repeatable."
-        ),
-    ] = None,
-    written: Annotated[
-        int | None,
-        typer.Option(min=0, help="Tokens of text that the full model writes, to train on."),
-    ] = None,
-    answers: Annotated[
-        int | None, typer.Option(help="Prompts of each file that are answered at most.")
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(help="What is fitted: linear or linear:RANK. Default: the plan's, or linear."),
-    ] = None,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Fit again where the plan has substitutes.")
-    ] = False,
-    fit_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Training tokens that the fit takes.")
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="How long to train, writing and fitting not counted.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="How many steps to train instead; 0 fits only.")
-    ] = None,
+    text: TextOption = None,
+    prompts: PromptsOption = None,
+    written: WrittenOption = None,
+    answers: AnswersOption = None,
+    kind: KindOption = None,
+    refit: RefitOption = False,
+    fit_tokens: FitTokensOption = None,
+    minutes: MinutesOption = None,
+    steps: StepsOption = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="The highest one, as a share of what each output varies by."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
-    judge_every: Annotated[
-        int | None, typer.Option(help="Steps between two looks at the held-out part.")
-    ] = None,
+    batch: BatchOption = None,
+    length: LengthOption = None,
+    judge_every: JudgeEveryOption = None,
     measure: Annotated[
         list[str] | None,
         typer.Option(help="Another depth whose quality to measure again. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of text, answers and order.")] = DEFAULT_SEED,
+    seed: SeedOption = DEFAULT_SEED,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -139,31 +203,29 @@ def heal_command(
         if not output.resolve().parent.is_dir():
             raise PlanError(f"cannot write plan {output}: its folder does not exist")
         base = load_base_model(model, dtype=dtype, device=device)
-        amount = AMOUNTS.get(base.device.type, AMOUNTS["cpu"])
-        if steps is None and minutes is None:
-            minutes = amount.minutes
+        amount = amount_on(base)
         request = HealRequest(
-            drop=found.drop if drop is None else _depth(drop, base, len(found.ranking)),
-            corpus=CorpusRequest(
-                written=amount.written if written is None else written,
-                texts=tuple(text or ()),
-                prompts=tuple(prompts or ()),
-                answers=amount.answers if answers is None else answers,
-                length=amount.length if length is None else length,
+            drop=found.drop if drop is None else depth_of(drop, base, found),
+            corpus=amount.corpus(
+                written=written,
+                texts=text or (),
+                prompts=prompts or (),
+                answers=answers,
+                length=length,
                 seed=seed,
             ),
-            training=Training(
+            training=amount.training(
+                minutes=minutes,
                 steps=steps,
-                seconds=None if minutes is None else minutes * 60,
-                learning_rate=amount.learning_rate if learning_rate is None else learning_rate,
-                batch=amount.batch if batch is None else batch,
-                judge_every=amount.judge_every if judge_every is None else judge_every,
+                learning_rate=learning_rate,
+                batch=batch,
+                judge_every=judge_every,
                 seed=seed,
             ),
             kind=fitted_kind,
             refit=refit,
             fit_tokens=amount.fit_tokens if fit_tokens is None else fit_tokens,
-            depths=tuple(_depth(each, base, len(found.ranking)) for each in measure or ()),
+            depths=tuple(depth_of(each, base, found) for each in measure or ()),
         )
         with progress_bars() as progress:
             healer = Healer(base, found, substitutes, cache_folder() / "heal", progress)
@@ -183,8 +245,18 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from interrupt
 
 
-def _depth(drop: str, base: BaseModel, most: int) -> int:
-    return parse_drop(drop, layers=base.layers, most=most)
+def depth_of(drop: str, base: BaseModel, plan: Plan) -> int:
+    """Return how many of a plan's layers a user wants dropped.
+
+    Raises:
+        PlanError: not a number or a share, or more than are ranked.
+    """
+    return parse_drop(drop, layers=base.layers, most=len(plan.ranking))
+
+
+def amount_on(base: BaseModel) -> Amount:
+    """Return how much is done on a model's device where nobody says."""
+    return AMOUNTS.get(base.device.type, AMOUNTS["cpu"])
 
 
 def _print(healing: Healing, output: Path) -> None:

@@ -6,6 +6,9 @@ What lies before the first dropped layer is the same in both, and is computed on
                    `entering`
     pruned           [ 2'| 3 | 4']  gradients of the substitutes, which are given by the caller
 
+A pruned model may have layers of its own, in which more than the substitutes is trained. Then
+nothing of the full model's is used again, and all of them are computed.
+
 Knows how a wrapped model's layers are called; knows nothing of losses, plans or where substitutes
 come from.
 """
@@ -32,7 +35,8 @@ class FullPass:
     """What a pass of the full model leaves for one of the pruned model."""
 
     entering: Tensor
-    """[samples, length, width]: the residual stream before the first dropped layer."""
+    """[samples, length, width]: the residual stream before the pruned model's first layer that is
+    not the full model's."""
     embeddings: Sequence[tuple[Tensor, Tensor]]
     """Of each layer: cosines and sines of every position."""
     last: Tensor
@@ -43,7 +47,12 @@ class Twin:
     """A base model that runs in full, and from the first dropped layer on with substitutes."""
 
     def __init__(
-        self, base: BaseModel, dropped: Collection[int], *, compiled: bool = False
+        self,
+        base: BaseModel,
+        dropped: Collection[int],
+        *,
+        compiled: bool = False,
+        layers: Sequence[WrappedLayer] | None = None,
     ) -> None:
         """Make one.
 
@@ -51,21 +60,21 @@ class Twin:
             dropped: at least one layer.
             compiled: compute layers by functions compiled for the shape of what they are given,
                 which pays where that is always the same: in training on a GPU.
+            layers: all those of the pruned model; None: they are the full model's.
         """
         self.dropped = tuple(sorted(dropped))
-        self._whole = torch.compile(WrappedLayer.causal, dynamic=False) if compiled else None
+        self._compiled = compiled
+        self._whole = WrappedLayer.causal
         self._without = WrappedLayer.without_attention
         if compiled:
+            self._whole = torch.compile(self._whole, dynamic=False)
             self._without = torch.compile(self._without, dynamic=False)
         self._model = base.model
         self._decoder: Any = base.model.get_decoder()  # type: ignore[no-untyped-call]
-        self._layers: Sequence[WrappedLayer] = self._decoder.layers
+        self._layers: Sequence[WrappedLayer] = self._decoder.layers if layers is None else layers
         self._norm: nn.Module = self._decoder.norm
-
-    @property
-    def first(self) -> int:
-        """The first dropped layer."""
-        return self.dropped[0]
+        self.first = self.dropped[0] if layers is None else 0
+        """The first layer of the pruned model that is not the full model's."""
 
     @torch.no_grad()
     def full(self, token_ids: Tensor) -> FullPass:
@@ -85,9 +94,8 @@ class Twin:
     def pruned(self, full: FullPass, replacements: Replacements) -> Tensor:
         """Return what the pruned model's head sees, [samples, length, width]."""
         hidden = full.entering
-        with self._computing():
-            for index in range(self.first, len(self._layers)):
-                hidden = self.leaving(index, hidden, full.embeddings[index], replacements)
+        for index in range(self.first, len(self._layers)):
+            hidden = self.leaving(index, hidden, full.embeddings[index], replacements)
         return self._norm(hidden)  # type: ignore[no-any-return]
 
     def leaving(
@@ -100,9 +108,9 @@ class Twin:
         """Return what leaves a layer, given what enters it, [samples, length, width]."""
         layer = self._layers[index]
         if index not in replacements:
-            return layer(hidden, position_embeddings=embeddings)  # type: ignore[no-any-return]
+            return self._whole(layer, hidden, embeddings)
         return self._without(layer, hidden, replacements[index])
 
     def _computing(self) -> AbstractContextManager[None]:
-        """Let layers compute by the compiled function, if there is one."""
-        return nullcontext() if self._whole is None else computing_layers(self._model, self._whole)
+        """Let the full model's layers compute by the compiled function, if there is one."""
+        return computing_layers(self._model, self._whole) if self._compiled else nullcontext()
