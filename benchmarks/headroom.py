@@ -60,13 +60,14 @@ from pruning.heal_cli import (
     WrittenOption,
     amount_on,
     depth_of,
+    kind_of,
 )
 from pruning.held_out import HeldOut, mean_kl
 from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
 from pruning.plan import Plan, read_with_substitutes
 from pruning.plan_cache import PlanRequest
 from pruning.selection import GREEDY
-from pruning.substitutes import SubstituteKind, Substitutes, parse_substitutes
+from pruning.substitutes import SubstituteKind, Substitutes
 from pruning.twin import Twin
 
 RATES: Mapping[str, Mapping[str, float]] = {
@@ -204,7 +205,7 @@ def main(
                 seed=seed,
             ),
             training=training,
-            kind=None if kind is None else parse_substitutes(kind),
+            kind=kind_of(kind),
             refit=refit,
             fit_tokens=amount.fit_tokens if fit_tokens is None else fit_tokens,
         )
@@ -213,10 +214,13 @@ def main(
         start = healer.trainees(task)
         if corpus_only:
             return
-        outcomes = [_outcome(base, task, start, each, rank, progress) for each in chosen]
+        outcomes: list[Outcome] = []
+        for each in chosen:
+            outcomes.append(_outcome(base, task, start, each, rank, progress))
+            if output is not None:  # what is done is kept, whatever ends the rest
+                body = json.dumps(_body(outcomes, task, base, rank), indent=2)
+                output.write_text(body + "\n")
     _print(outcomes, task, rank)
-    if output is not None:
-        output.write_text(json.dumps(_body(outcomes, task, base, rank), indent=2) + "\n")
 
 
 def trials(

@@ -39,7 +39,7 @@ from pruning.plan import (
     substitutes_path,
     write_plan,
 )
-from pruning.substitutes import parse_substitutes
+from pruning.substitutes import SubstituteKind, parse_substitutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +197,7 @@ def heal_command(
     """Recover what a plan's drop costs: fit and train what stands in dropped layers' places."""
     with user_errors(), _interruptible():
         found, substitutes = read_with_substitutes(plan)
-        fitted_kind = None if kind is None else parse_substitutes(kind)
-        if kind is not None and fitted_kind is None:
-            raise PlanError("--kind none leaves nothing to heal; give linear or linear:RANK")
+        wanted = kind_of(kind)
         if not output.resolve().parent.is_dir():
             raise PlanError(f"cannot write plan {output}: its folder does not exist")
         base = load_base_model(model, dtype=dtype, device=device)
@@ -222,7 +220,7 @@ def heal_command(
                 judge_every=judge_every,
                 seed=seed,
             ),
-            kind=fitted_kind,
+            kind=wanted,
             refit=refit,
             fit_tokens=amount.fit_tokens if fit_tokens is None else fit_tokens,
             depths=tuple(depth_of(each, base, found) for each in measure or ()),
@@ -252,6 +250,19 @@ def depth_of(drop: str, base: BaseModel, plan: Plan) -> int:
         PlanError: not a number or a share, or more than are ranked.
     """
     return parse_drop(drop, layers=base.layers, most=len(plan.ranking))
+
+
+def kind_of(text: str | None) -> SubstituteKind | None:
+    """Return the substitutes that a user wants fitted; None: the plan's.
+
+    Raises:
+        PlanError, SubstituteError: there would be none, or the text is something else.
+    """
+    if text is None:
+        return None
+    if (kind := parse_substitutes(text)) is None:
+        raise PlanError("--kind none leaves nothing to heal; give linear or linear:RANK")
+    return kind
 
 
 def amount_on(base: BaseModel) -> Amount:
