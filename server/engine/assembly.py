@@ -155,7 +155,7 @@ def _runner(
     limits: Limits,
     context: int,
 ) -> ModelRunner:
-    """Return a runner on pages; on `paged`, unless eager, with compiled layers and recorded decode
+    """Return a runner on pages; on `paged`, unless eager, with compiled layers and recorded
     steps."""
     kv_heads = kv_shape(base.model.config).kv_heads
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
@@ -172,7 +172,7 @@ def _runner(
     from server.engine.attention.operator import OperatorAttend
     from server.engine.attention.paged import PagedBackend
     from server.engine.compiling import compile_layers
-    from server.engine.graphs import DecodeGraphs
+    from server.engine.graphs import CHUNK_SIZES, StepGraphs
 
     backend = PagedBackend(pool, layout, variants, kv_heads)
     if config.enforce_eager:
@@ -181,7 +181,7 @@ def _runner(
         merge_projections(base.model)
         compile_layers(base.model)
     attend = OperatorAttend(backend)
-    graphs = DecodeGraphs(
+    graphs = StepGraphs(
         base.model,
         attend,
         backend,
@@ -189,6 +189,8 @@ def _runner(
         most_rows=limits.running,
         vocabulary=int(base.model.config.get_text_config().vocab_size),
         context=context,
+        # Interpreted kernels take long over padding, and launches are not what they wait for.
+        chunk_sizes=CHUNK_SIZES if pool.device.type == "cuda" else (),
     )
     graphs.warm_up(min(limits.running, WARM_ROWS))
     return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)

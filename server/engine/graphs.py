@@ -1,11 +1,9 @@
-"""Decode steps recorded once as CUDA graphs, one for each padded number of rows per variant.
+"""Small steps recorded once as CUDA graphs, for each padded number of rows per variant.
 
-A step of single rows is a few hundred kernels of some microseconds each; launching them one by one
-takes longer than running them. A graph launches all of them at once. It reads its inputs from one
-vector that each step fills by one copy::
-
-    rows      [ full full full - | pruned pruned ]      padded to (4, 2); "-" attends nothing
-    inputs    [ token ids | sources | positions | lengths | slots, table starts per group | pages ]
+A step is a few hundred kernels; launching them one by one takes longer than running them, 25 ms
+for a model of 32 layers, unless there are many rows. A graph launches all of them at once. It reads
+its inputs from one vector that each step fills by one copy (layouts.py), and there are two kinds:
+decode steps, of single rows, and steps with prompt chunks. More rows run kernel by kernel.
 
 Graphs of one variant hold nothing of the layers it drops. They are recorded at their first use,
 those of `warm_up` at start, and share one pool of memory: only one runs at a time, and what it
@@ -18,28 +16,32 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pruning.attention import Attend
 from pruning.variants import Variants
-from server.engine.attention.paged import GroupStep, PagedBackend, Singles
-from server.engine.batch import Batch, attending_by_group, by_layer, mlp_rows
+from server.engine.attention.paged import GroupStep, PagedBackend
+from server.engine.batch import Batch
+from server.engine.layouts import Chunks, Layout, Shape, SingleRows, rows_by_variant
 from server.engine.runner import known_tokens
 from server.engine.sampling import most_likely
-from server.engine.transfer import aligned_starts, upload
+from server.engine.transfer import upload
 
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Numbers of rows that graphs of one variant alone are made for."""
+"""Numbers of rows that decode graphs of one variant alone are made for."""
 MIXED_SIZES = (4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 """Those of each variant where several are in a step: fewer, since their combinations count. Rows of
 padding cost little beside the weights."""
+CHUNK_SIZES = (64, 256, 512)
+"""Those of each variant where there are prompt chunks, one row of padding included. Beyond the last
+the rows take a device longer than the launches take the host."""
 MOST_GRAPHS = 256
 """Graphs kept; a combination of rows beyond them is run kernel by kernel."""
 
@@ -47,11 +49,17 @@ TABLE_ENTRIES = 1 << 22
 """Page ids that a step's block tables may hold together, a shared page once for each of its users:
 16 MiB on the device."""
 
-Shape = tuple[int, ...]
-"""Padded rows of each variant."""
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a graph is made for."""
+
+    shape: Shape
+    chunks: bool
+    """Whether there may be prompt chunks."""
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The recorded steps of one model."""
 
     def __init__(
@@ -64,71 +72,90 @@ class DecodeGraphs:
         most_rows: int,
         vocabulary: int,
         context: int,
+        chunk_sizes: Sequence[int] = CHUNK_SIZES,
     ) -> None:
-        """`attend` is what the model is given, over `backend`."""
+        """`attend` is what the model is given, over `backend`; most_rows is how many requests may
+        run, chunk_sizes the rows of each variant that steps with chunks are recorded for."""
         self._model = model
         self._attend = attend
         self._backend = backend
         self._variants = variants
         self._context = context
+        self.chunk_sizes = chunk_sizes
         weight = next(model.parameters())
         device = weight.device
         self._largest = next((s for s in MIXED_SIZES if s >= most_rows), MIXED_SIZES[-1])
         places = len(variants) * self._largest
         self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
         self.logits = torch.zeros(places, vocabulary, dtype=weight.dtype, device=device)
-        vectors = 4 + 2 * len(variants.groups)
-        size = vectors * (places + 4) + TABLE_ENTRIES
+        largest = [
+            Recording((self._largest,) * len(variants), chunks=False),
+            Recording((CHUNK_SIZES[-1],) * len(variants), chunks=True),
+        ]
+        size = max(self._layout(recording).size for recording in largest) + TABLE_ENTRIES
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
         self._recorder = _Recorder(device)
         # A handful of small kernels, if it is not compiled.
         compiles = device.type == "cuda"
         self._known = torch.compile(known_tokens, dynamic=True) if compiles else known_tokens
-        self._recorded: dict[Shape, _Recorded] = {}
+        self._recorded: dict[Recording, _Recorded] = {}
 
     @torch.inference_mode()
     def warm_up(self, most_rows: int) -> None:
-        """Record steps of one variant alone and of each two, of up to `most_rows` rows each."""
+        """Record steps of one variant alone and of each two: decode steps of up to `most_rows` rows
+        each, and steps with chunks."""
         started = time.monotonic()
-        shapes = _usual_shapes(self._variants, min(most_rows, self._largest))
+        decode = [size for size in SIZES if size <= min(most_rows, self._largest)]
+        mixed = [size for size in MIXED_SIZES if size in decode]
+        recordings = [
+            Recording(shape, chunks)
+            for alone, together, chunks in (
+                (decode, mixed, False),
+                (self.chunk_sizes, self.chunk_sizes, True),
+            )
+            for shape in _usual_shapes(self._variants, alone, together)
+        ]
         # The largest first: smaller ones find room in the memory it took.
-        for shape in sorted(shapes, key=sum, reverse=True):
-            self._recorded[shape] = self._record(shape)
-        logger.info(
-            "recorded %d decode graphs in %.1f s", len(self._recorded), time.monotonic() - started
-        )
+        for recording in sorted(recordings, key=lambda each: sum(each.shape), reverse=True):
+            self._recorded[recording] = self._record(recording)
+        logger.info("recorded %d graphs in %.1f s", len(recordings), time.monotonic() - started)
 
     def replay(self, batch: Batch, sources: NDArray[np.int64]) -> NDArray[np.int64] | None:
         """Compute a batch; see the runner's protocol."""
-        shape = self._shape(batch)
-        if shape is None:
+        recording = self._recording(batch)
+        if recording is None:
             return None
-        if (recorded := self._recorded.get(shape)) is None:
+        if (recorded := self._recorded.get(recording)) is None:
             if len(self._recorded) == MOST_GRAPHS:
                 return None
-            recorded = self._recorded[shape] = self._record(shape)
-        rows = recorded.layout.rows(batch.variant_sequences)
-        filled = recorded.layout.fill(batch, sources, rows)
+            recorded = self._recorded[recording] = self._record(recording)
+        filled = recorded.layout.fill(batch, sources)
         self._inputs[: len(filled)].copy_(upload(filled, torch.int32, self._inputs.device))
         recorded.run()
-        return rows
+        return recorded.layout.places(batch)
 
-    def _shape(self, batch: Batch) -> Shape | None:
-        """Return the padded rows of a batch of single rows, None for any other batch."""
-        if len(batch.token_ids) > len(batch.sequences) or batch.scored:
+    def _recording(self, batch: Batch) -> Recording | None:
+        """Return what a batch can be computed by, None if it has to run kernel by kernel."""
+        if batch.scored or sum(len(group.pages) for group in batch.groups) > TABLE_ENTRIES:
             return None
+        if len(batch.token_ids) > len(batch.sequences):
+            shape = _padded([n and n + 1 for n in rows_by_variant(batch)], self.chunk_sizes)
+            if shape is None or not Chunks.holds(batch, self._largest):
+                return None
+            return Recording(shape, chunks=True)
         if max(batch.variant_sequences) > self._largest:
             return None
-        if sum(len(group.pages) for group in batch.groups) > TABLE_ENTRIES:
-            return None
         is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
-        sizes = MIXED_SIZES if is_mixed else SIZES
-        return tuple(
-            next(size for size in (0, *sizes) if size >= count) for count in batch.variant_sequences
-        )
+        shape = _padded(batch.variant_sequences, MIXED_SIZES if is_mixed else SIZES)
+        return None if shape is None else Recording(shape, chunks=False)
 
-    def _record(self, shape: Shape) -> _Recorded:
-        layout = InputLayout(shape, self._variants)
+    def _layout(self, recording: Recording) -> Layout:
+        if recording.chunks:
+            return Chunks(recording.shape, self._variants, self._largest)
+        return SingleRows(recording.shape, self._variants)
+
+    def _record(self, recording: Recording) -> _Recorded:
+        layout = self._layout(recording)
         bound = layout.bind(self._inputs, self._context)
         padding = layout.padding()
         self._inputs[: len(padding)].copy_(upload(padding, torch.int32, self._inputs.device))
@@ -136,14 +163,16 @@ class DecodeGraphs:
 
         def step() -> None:
             self._backend.bind(bound)
-            inputs = layout.vectors(self._inputs)
-            ids = self._known(inputs.token_ids, inputs.sources, self.last_tokens)
+            sources = layout.sources(self._inputs)
+            ids = self._known(layout.token_ids(self._inputs), sources, self.last_tokens)
+            rows = layout.logit_rows(self._inputs)
             output = self._model(
                 ids[None],
-                position_ids=inputs.positions[None].long(),
+                position_ids=layout.positions(self._inputs)[None].long(),
                 attend=self._attend,
                 attending_rows=layout.attending_rows,
                 mlp_rows=layout.mlp_rows,
+                logits_to_keep=0 if rows is None else rows.long(),  # 0: all
             )
             logits = output.logits[0]
             self.logits[: len(logits)].copy_(logits)
@@ -156,7 +185,7 @@ class DecodeGraphs:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    layout: InputLayout
+    layout: Layout
     bound: list[GroupStep | None]
     """The graph reads these as long as it lives."""
     run: Callable[[], None]
@@ -179,98 +208,23 @@ class _Recorder:
         return graph.replay
 
 
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """One entry per padded row, on the device."""
-
-    token_ids: Tensor
-    sources: Tensor
-    positions: Tensor
-    lengths: Tensor
+def _padded(counts: Sequence[int], sizes: Sequence[int]) -> Shape | None:
+    """Return each count's size, the least that holds it; None if there is none for one of them."""
+    if not sizes or max(counts) > sizes[-1]:
+        return None
+    return tuple(next(size for size in (0, *sizes) if size >= count) for count in counts)
 
 
-class InputLayout:
-    """Where each vector lies in the inputs of one shape."""
-
-    def __init__(self, shape: Shape, variants: Variants) -> None:
-        self._first_rows = [0, *accumulate(shape)]
-        self._group_rows = attending_by_group(variants, shape)
-        self.attending_rows = list(by_layer(variants, self._group_rows))
-        self.mlp_rows = mlp_rows(variants, shape)
-        self._sizes = [sum(shape)] * 4 + [rows for rows in self._group_rows for _ in range(2)]
-        self._starts = aligned_starts(self._sizes)
-
-    def rows(self, counts: Sequence[int]) -> NDArray[np.int64]:
-        """Return the padded row of each sequence; counts are those of each variant."""
-        parts = [
-            np.arange(first, first + count)
-            for first, count in zip(self._first_rows, counts, strict=False)
-        ]
-        return np.concatenate(parts)
-
-    def padding(self) -> NDArray[np.int32]:
-        """Return inputs of which every row is padding: it attends and writes nothing."""
-        filled = np.zeros(self._starts[-1], dtype=np.int32)
-        self._vector(filled, 1)[:] = -1
-        for index in range(len(self._group_rows)):
-            self._vector(filled, 4 + 2 * index)[:] = -1
-        return filled
-
-    def fill(
-        self, batch: Batch, sources: NDArray[np.int64], rows: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        """Return the inputs for a batch whose sequences stand in these rows."""
-        filled = self.padding()
-        for place, values in enumerate((batch.token_ids, sources, batch.positions, batch.lengths)):
-            self._vector(filled, place)[rows] = values
-        tables = self._starts[-1]
-        for index, group in enumerate(batch.groups):
-            attending = rows[: group.rows]
-            self._vector(filled, 4 + 2 * index)[attending] = group.slots
-            self._vector(filled, 5 + 2 * index)[attending] = tables + group.table_starts[:-1]
-            tables += len(group.pages)
-        return np.concatenate([filled, *(group.pages for group in batch.groups)])
-
-    def vectors(self, inputs: Tensor) -> Vectors:
-        return Vectors(*(self._view(inputs, place) for place in range(4)))
-
-    def bind(self, inputs: Tensor, longest: int) -> list[GroupStep | None]:
-        """Return views of the inputs for the attention, per layer group."""
-        lengths = self.vectors(inputs).lengths
-        return [
-            GroupStep(
-                slots=self._view(inputs, 4 + 2 * index),
-                pages=inputs,
-                singles=Singles(
-                    table_starts=self._view(inputs, 5 + 2 * index),
-                    rows=torch.arange(rows, dtype=torch.int32, device=inputs.device),
-                    lengths=lengths[:rows],
-                    longest=longest,
-                ),
-                chunks=None,
-            )
-            if rows
-            else None
-            for index, rows in enumerate(self._group_rows)
-        ]
-
-    def _vector(self, filled: NDArray[np.int32], place: int) -> NDArray[np.int32]:
-        start = self._starts[place]
-        return filled[start : start + self._sizes[place]]
-
-    def _view(self, inputs: Tensor, place: int) -> Tensor:
-        start = self._starts[place]
-        return inputs[start : start + self._sizes[place]]
-
-
-def _usual_shapes(variants: Variants, most_rows: int) -> Iterator[Shape]:
-    """Yield the shapes of one variant alone and of each two that can be in one batch."""
+def _usual_shapes(
+    variants: Variants, alone: Sequence[int], together: Sequence[int]
+) -> Iterator[Shape]:
+    """Yield the shapes of one variant alone and of each two that can be in one batch, of rows of
+    these sizes."""
     chains = [variants.chain_of[variant.name] for variant in variants]
     for first, chain in enumerate(chains):
-        for size in SIZES:
-            if size <= most_rows:
-                yield tuple(size if i == first else 0 for i in range(len(chains)))
+        for size in alone:
+            yield tuple(size if i == first else 0 for i in range(len(chains)))
         for second in (i for i in range(first) if chains[i] == chain):
-            for sizes in product([size for size in MIXED_SIZES if size <= most_rows], repeat=2):
+            for sizes in product(together, repeat=2):
                 rows = {first: sizes[0], second: sizes[1]}
                 yield tuple(rows.get(i, 0) for i in range(len(chains)))

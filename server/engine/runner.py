@@ -73,8 +73,8 @@ class Runner(Protocol):
         ...
 
 
-class DecodeGraphs(Protocol):
-    """Steps of single rows that were recorded once and are replayed."""
+class StepGraphs(Protocol):
+    """Steps of few rows that were recorded once and are replayed."""
 
     logits: Tensor
     """[places, vocabulary] of the last replay."""
@@ -86,7 +86,7 @@ class DecodeGraphs(Protocol):
 
 
 class ModelRunner:
-    """Runs the model's own modules, on any device; single rows by recorded graphs if there are."""
+    """Runs the model's own modules, on any device; few rows by recorded graphs if there are."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ModelRunner:
         backend: AttentionBackend,
         attend: Attend,
         last_tokens: Tensor,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
         *,
         overlaps: bool,
     ) -> None:

@@ -17,7 +17,7 @@ from pruning.projections import MergedProjection, merge_projections
 from pruning.sublayers import wrap
 from pruning.variants import Variant, Variants
 from server.engine.engine import Engine
-from server.engine.graphs import InputLayout
+from server.engine.layouts import Chunks, SingleRows
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Limits
 from tests.engine.tiny_engine import (
@@ -67,6 +67,26 @@ def test_mixed_chunked_batches_give_the_reference_tokens(family: str) -> None:
     for request in requests:
         model = silenced(tiny_model(family, layers=LAYERS).double(), DROPPED[request.variant])
         assert recorder(request).tokens == greedy(model, request.prompt, 6)
+
+
+def test_prompts_in_recorded_steps_give_the_reference_tokens() -> None:
+    """Chunks of one prompt and of several, alone and beside rows that decode, of all variants; of a
+    family with sliding windows and soft-capping."""
+    engine = fast_engine(VARIANTS, family="gemma2", limits=CHUNKED, chunk_sizes=(8, 20))
+    recorded = engine._runner._graphs._recorded
+    requests = [
+        new.request(prompt_of(seed, length), variant, max_tokens=5)
+        for seed, (length, variant) in enumerate(
+            [(20, "full"), (3, "pruned"), (6, "light"), (17, "pruned"), (1, "full")]
+        )
+    ]
+    finish(engine, requests)
+    engine.stop()
+    shapes = [each.shape for each in recorded if each.chunks]
+    assert any(sum(rows > 0 for rows in shape) > 1 for shape in shapes)
+    for request in requests:
+        model = silenced(tiny_model("gemma2", layers=LAYERS).double(), DROPPED[request.variant])
+        assert recorder(request).tokens == greedy(model, request.prompt, 5)
 
 
 def test_shared_beginnings_in_recorded_steps_give_the_reference_tokens() -> None:
@@ -142,10 +162,11 @@ def test_variants_that_do_not_nest_take_turns_in_recorded_steps() -> None:
     requests = [new.request(prompt_of(i, 5), name, max_tokens=4) for i, name in enumerate(names)]
     finish(engine, requests)
     engine.stop()
+    shapes = [each.shape for each in recorded]
     assert {"other", "pruned"} <= {
-        name for shape in recorded for name in names if shape[places[name]]
+        name for shape in shapes for name in names if shape[places[name]]
     }
-    assert not any(shape[places["other"]] and shape[places["pruned"]] for shape in recorded)
+    assert not any(shape[places["other"]] and shape[places["pruned"]] for shape in shapes)
     for request in requests:
         dropped = {**DROPPED, "other": {3}}[request.variant]
         mlps = {"other": {2}}.get(request.variant, ())
@@ -154,9 +175,11 @@ def test_variants_that_do_not_nest_take_turns_in_recorded_steps() -> None:
 
 
 def test_a_recorded_step_of_a_variant_has_no_rows_in_what_it_drops() -> None:
-    layout = InputLayout((0, 0, 4), VARIANTS)  # full, light, pruned
+    layout = SingleRows((0, 0, 4), VARIANTS)  # full, light, pruned
     assert layout.attending_rows == [0 if i in DROPPED["pruned"] else 4 for i in range(LAYERS)]
-    mixed = InputLayout((2, 0, 4), VARIANTS)
+    mixed = SingleRows((2, 0, 4), VARIANTS)
+    chunks = Chunks((2, 0, 4), VARIANTS, most_sequences=4)
+    assert chunks.attending_rows == mixed.attending_rows
     assert mixed.attending_rows == [2 if i in DROPPED["pruned"] else 6 for i in range(LAYERS)]
 
 

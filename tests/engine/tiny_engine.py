@@ -142,8 +142,10 @@ def fast_engine(
     kv_cache_dtype: KvCacheDtype = "auto",
     weights: Kind | None = None,
     eager: bool = False,
+    chunk_sizes: Sequence[int] | None = None,
 ) -> Engine:
-    """Return a started float32 engine on the paged backend, with recorded decode steps.
+    """Return a started float32 engine on the paged backend, with recorded steps: of these sizes
+    where there are prompt chunks, by default on a GPU only.
 
     On a GPU if there is one, with compiled layers; else in Triton's interpreter. `weights` puts
     them into eight bits.
@@ -164,6 +166,8 @@ def fast_engine(
         enforce_eager=eager,
     )
     engine = build_engine(base, variants, config)
+    if chunk_sizes is not None:
+        engine._runner._graphs.chunk_sizes = chunk_sizes
     engine.start()
     return engine
 
