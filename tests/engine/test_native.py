@@ -139,10 +139,11 @@ class FourBitProduct(torch.nn.Module):
         return four_bit_rows(inputs[0], packed, scales_and_zeros)[None]
 
 
-@pytest.mark.parametrize(("width", "outputs"), [(96, 128), (64, 64)])
 def test_products_in_four_bits_are_those_of_float64(
-    native: NativeFunctions, tmp_path: Path, width: int, outputs: int
+    native: NativeFunctions, tmp_path: Path
 ) -> None:
+    """Of several groups of inputs, and more outputs than torch packs together."""
+    width, outputs = 96, 128
     if not native.has_four_bits:
         pytest.skip("products in four bits need AVX512_BF16")
     bits = four_bits(torch.randn(outputs, width))
