@@ -161,19 +161,20 @@ class EightBitSubstitute(nn.Module):
     """A linear substitute that reads one byte a weight for few rows."""
 
     def __init__(self, exact: LinearSubstitute) -> None:
-        """exact is in bfloat16, on a CPU; it serves many rows."""
+        """exact is in bfloat16, on a CPU, of a width in multiples of GROUP; it serves many rows."""
         super().__init__()
-        self._exact = exact
-        parts = [exact.weight] if exact.down is None else [exact.down, exact.weight]
-        self._eight_bits = [_eight_bits(part) for part in parts]
+        self.exact = exact
+        self.maps = [_eight_bits(part) for part in _padded(exact)]
+        """Levels [outputs, inputs] in int8 and scales [outputs] in bfloat16: one of full rank, or
+        two, whose rank is padded to a multiple of GROUP."""
 
     def forward(self, normed: Tensor) -> Tensor:
         rows = normed.reshape(-1, normed.shape[-1])
         if not 0 < rows.shape[0] <= FEW_ROWS:
-            return self._exact(normed)  # type: ignore[no-any-return]
-        for levels, scales in self._eight_bits:
+            return self.exact(normed)  # type: ignore[no-any-return]
+        for levels, scales in self.maps:
             rows = eight_bit_product(rows, levels, scales)
-        return (rows + self._exact.bias).reshape(normed.shape)
+        return (rows + self.exact.bias).reshape(normed.shape)
 
 
 class _Product:
@@ -228,14 +229,18 @@ def quantise_substitutes(base: BaseModel) -> None:
     """Put the substitutes of a model in four bits into eight, in place."""
     for sublayer in base.sublayers:
         exact = sublayer.substitute
-        if isinstance(exact, LinearSubstitute) and _packs(exact):
+        if isinstance(exact, LinearSubstitute):
             sublayer.substitute = EightBitSubstitute(exact)
 
 
-def _packs(substitute: LinearSubstitute) -> bool:
-    """Return whether torch's kernel takes products of such widths."""
-    parts = [substitute.weight] if substitute.down is None else [substitute.down, substitute.weight]
-    return all(size % GROUP == 0 for part in parts for size in part.shape)
+def _padded(substitute: LinearSubstitute) -> list[Tensor]:
+    """Return a substitute's weights in the order of their products, [outputs, inputs]; zeros fill
+    a rank up to the multiple of GROUP that kernels want."""
+    if substitute.down is None:
+        return [substitute.weight]
+    missing = -len(substitute.down) % GROUP
+    down = functional.pad(substitute.down, (0, 0, 0, missing))
+    return [down, functional.pad(substitute.weight, (0, missing))]
 
 
 def four_bits(weight: Tensor) -> FourBits:

@@ -80,13 +80,13 @@ class AttentionSublayer(nn.Module):
                 layers.
         """
         if attending == 0:
-            return self.replaced(hidden, self.substitute)
+            return self._replace(hidden)
         if attending == hidden.shape[1]:
             return self._attend(hidden, position_embeddings, attend, layer)
         cos, sin = position_embeddings
         embeddings = (cos[:, :attending], sin[:, :attending])
         prefix = self._attend(hidden[:, :attending], embeddings, attend, layer)
-        return torch.cat([prefix, self.replaced(hidden[:, attending:], self.substitute)], dim=1)
+        return torch.cat([prefix, self._replace(hidden[:, attending:])], dim=1)
 
     def _attend(
         self, hidden: Tensor, embeddings: tuple[Tensor, Tensor], attend: Attend, layer: int
@@ -113,6 +113,14 @@ class AttentionSublayer(nn.Module):
         if substitute is None:
             return hidden
         return _add(hidden, substitute(self.norm(hidden)), self.multiplier)
+
+    def replace_by(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Let another function compute `replaced` of the substitute that stands here now, in
+        forward passes."""
+        self._replace = function  # type: ignore[assignment,method-assign]
+
+    def _replace(self, hidden: Tensor) -> Tensor:
+        return self.replaced(hidden, self.substitute)
 
 
 class MlpSublayer(nn.Module):

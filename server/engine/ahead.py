@@ -60,8 +60,10 @@ MOST_ROWS = FEW_ROWS
 """Rows up to which products run on four bits, and so the functions hold."""
 _EXAMPLE_ROWS = 3
 _CPU = torch.device("cpu")
-_PLACES = frozenset({"index", "layer_idx"})
-"""Attributes that say which layer it is, not what it computes."""
+_PLACES = frozenset({"index", "layer_idx", "substitute"})
+"""Attributes that say which layer it is, or what else stands in its place, not what it computes."""
+_SUBSTITUTE = "attention.substitute"
+"""Where a layer keeps what none of its functions computes."""
 
 Embeddings = tuple[Tensor, Tensor]
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -217,7 +219,11 @@ class _Weights:
     """The tensors of a layer that a step of few rows reads, in an order that its form decides."""
 
     def __init__(self, layer: WrappedLayer) -> None:
-        self.parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        self.parameters = {
+            name: parameter.detach()
+            for name, parameter in layer.named_parameters()
+            if not name.startswith(_SUBSTITUTE)
+        }
         self._linears = four_bit_layers(layer)
 
     def tensors(self) -> list[Tensor]:
@@ -373,6 +379,7 @@ def _form(layer: WrappedLayer, machine: tuple[object, ...]) -> str:
     modules = [
         (name, type(module).__qualname__, _settings(module))
         for name, module in layer.named_modules()
+        if not name.startswith(_SUBSTITUTE)
     ]
     return hashlib.sha256(repr((shapes, packed, modules, machine)).encode()).hexdigest()[:24]
 

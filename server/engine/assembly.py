@@ -26,6 +26,7 @@ from server.engine.native import NativeFunctions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
 from server.engine.scheduler import Limits, Scheduler
+from server.engine.substitutes import use_native
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def _runner(
 
 def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
     """Let layers in four bits run by compiled functions, as soon as there are any, and their head
-    by native ones, which are returned if there are any."""
+    and substitutes by native ones, which are returned if there are any."""
     if not four_bit_layers(base.model):
         return None
     from server.engine.ahead import CompiledLayers  # brings much of torch along
@@ -209,9 +210,11 @@ def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
             "compiling layers in the background, which speeds up decoding and is kept in %s", folder
         )
         layers.compile_in_background()
-    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if layers.native is not None and isinstance(head, EightBitHead):
-        head.compute_by(layers.native.eight_bit_product)
+    if layers.native is not None:
+        head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if isinstance(head, EightBitHead):
+            head.compute_by(layers.native.eight_bit_product)
+        use_native(base.sublayers, layers.native)
     return layers.native
 
 

@@ -192,15 +192,15 @@ class _Recorded:
 
 
 class _Recorder:
-    """Records functions that launch kernels; on a CPU they are simply called again."""
+    """Records functions that launch kernels; on a CPU they are simply called."""
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        step()  # compiles what is not compiled yet
         if self._pool is None:
             return step
+        step()  # compiles what is not compiled yet
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -1,7 +1,8 @@
 // What a decode step on a CPU computes, as single calls: attention of sequences with one row over
-// bfloat16 pages, a head's product with weights in eight bits, and layers' products with weights in
-// four. For AVX-512; native.py compiles and calls this file. The last one is called by the compiled
-// functions of ahead.py, through torch's stable C interface.
+// bfloat16 pages, a head's product with weights in eight bits, what stands in a dropped sublayer's
+// place with maps in eight bits, and layers' products with weights in four. For AVX-512; native.py
+// compiles and calls this file. The last one is called by the compiled functions of ahead.py,
+// through torch's stable C interface.
 
 #include <immintrin.h>
 
@@ -235,6 +236,120 @@ extern "C" void eight_bit_product(const Bfloat16* inputs, const std::int8_t* lev
       for (Index o = 0; o < kOutputs; ++o)
         out[row * outputs + output + o] =
             rounded(_mm512_reduce_add_ps(sums[o]) * expanded(scales[output + o]));
+    }
+  }
+}
+
+namespace {
+
+constexpr Index kTile = 32;  // outputs of a map whose levels lie side by side
+constexpr Index kMostRows = 12;  // that share one pass over a map: 24 sums in registers
+constexpr Index kFewWeights = 1 << 15;  // of a map, below which a second thread costs more
+
+// A linear map: levels [outputs / kTile, inputs, kTile], scales [outputs].
+struct Map {
+  const std::int8_t* levels;
+  const float* scales;
+  Index inputs, outputs;
+};
+
+// hidden + multiplier * (bias + up(down(norm(hidden)))).
+struct Substitute {
+  const float* gain;  // RMSNorm's; no norm: null
+  float epsilon, multiplier;
+  Map down, up;  // of full rank: down has no levels
+  const float* bias;
+};
+
+// The sums of one tile of outputs and kCount rows, whose inputs are [inputs, kCount].
+template <int kCount>
+void tile_sums(const float* inputs, const Map& map, Index tile, float (*out)[kTile]) {
+  constexpr int kParts = kCount < 3 ? 4 / kCount : 1;  // of a sum, so that none waits for itself
+  __m512 sums[kParts][kCount][2];
+  for (auto& part : sums)
+    for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
+  const std::int8_t* levels = map.levels + tile * map.inputs * kTile;
+  for (Index k = 0; k < map.inputs; k += kParts) {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part) {
+      const std::int8_t* place = levels + (k + part) * kTile;
+      const float* numbers = inputs + (k + part) * kCount;
+      _mm_prefetch(place + kAhead, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(place) + i);
+        const __m512 weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#pragma GCC unroll 12
+        for (int row = 0; row < kCount; ++row)
+          sums[part][row][i] =
+              _mm512_fmadd_ps(weights, _mm512_set1_ps(numbers[row]), sums[part][row][i]);
+      }
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 scales = _mm512_loadu_ps(map.scales + tile * kTile + i * kLanes);
+    for (int row = 0; row < kCount; ++row) {
+      __m512 sum = sums[0][row][i];
+      for (int part = 1; part < kParts; ++part) sum = _mm512_add_ps(sum, sums[part][row][i]);
+      _mm512_storeu_ps(out[row] + i * kLanes, _mm512_mul_ps(sum, scales));
+    }
+  }
+}
+
+using TileSums = void (*)(const float*, const Map&, Index, float (*)[kTile]);
+constexpr TileSums kTileSums[] = {
+    tile_sums<1>, tile_sums<2>, tile_sums<3>, tile_sums<4>,  tile_sums<5>,  tile_sums<6>,
+    tile_sums<7>, tile_sums<8>, tile_sums<9>, tile_sums<10>, tile_sums<11>, tile_sums<12>};
+
+// Write a normed row [width] as column `row` of [width, rows].
+void normalise(const Bfloat16* hidden, const Substitute& s, Index width, Index rows, float* out) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (Index i = 0; i < width; ++i) squares += expanded(hidden[i]) * expanded(hidden[i]);
+  const float factor = 1 / std::sqrt(squares / width + s.epsilon);
+  for (Index i = 0; i < width; ++i)
+    out[i * rows] = expanded(hidden[i]) * (s.gain ? s.gain[i] * factor : 1.0f);
+}
+
+// Write one tile of the residual stream of `rows` rows, [rows, width].
+void add_tile(const float (*sums)[kTile], const Substitute& s, Index tile, Index rows, Index width,
+              const Bfloat16* hidden, Bfloat16* out) {
+  const float* bias = s.bias + tile * kTile;
+  for (Index row = 0; row < rows; ++row) {
+    const Index at = row * width + tile * kTile;
+#pragma omp simd
+    for (Index i = 0; i < kTile; ++i)
+      out[at + i] = rounded(expanded(hidden[at + i]) + s.multiplier * (sums[row][i] + bias[i]));
+  }
+}
+
+}  // namespace
+
+// What leaves a dropped sublayer in whose place a substitute stands, [rows, width], for up to
+// kMostRows rows; hidden and out are contiguous. All sizes of maps are multiples of kTile.
+extern "C" void substitute_rows(const Bfloat16* hidden, Bfloat16* out, Index rows,
+                                const Substitute* substitute) {
+  const Substitute& s = *substitute;
+  const Index width = s.up.outputs, rank = s.down.levels ? s.down.outputs : 0;
+  std::vector<float> normed(width * rows), shortened(rank * rows);
+  for (Index row = 0; row < rows; ++row)
+    normalise(hidden + row * width, s, width, rows, &normed[row]);
+  const float* given = rank ? shortened.data() : normed.data();
+  const TileSums tile_sums = kTileSums[rows - 1];
+#pragma omp parallel if (s.up.inputs * width >= kFewWeights)
+  {
+    float sums[kMostRows][kTile];
+#pragma omp for schedule(static)
+    for (Index tile = 0; tile < rank / kTile; ++tile) {
+      tile_sums(normed.data(), s.down, tile, sums);
+      for (Index i = 0; i < kTile; ++i)
+        for (Index row = 0; row < rows; ++row)
+          shortened[(tile * kTile + i) * rows + row] = sums[row][i];
+    }
+#pragma omp for schedule(static)
+    for (Index tile = 0; tile < width / kTile; ++tile) {
+      tile_sums(given, s.up, tile, sums);
+      add_tile(sums, s, tile, rows, width, hidden, out);
     }
   }
 }

@@ -1,10 +1,11 @@
 """The functions of native.cpp, compiled for this machine when a server first starts and kept.
 
 A decode step on a CPU calls them where torch, or Python around it, takes several times as long as
-the work: attention of single rows over pages, the head's product with weights in eight bits, and
-layers' products in four, which layers compiled ahead of time call by themselves. Knows addresses,
-shapes and strides; nothing of requests. Without a C++ compiler, or without AVX-512, there are no
-such functions and everything runs as it does without them.
+the work: attention of single rows over pages, the head's product with weights in eight bits, what
+stands in dropped sublayers' places, and layers' products in four bits, which layers compiled ahead
+of time call by themselves. Knows addresses, shapes and strides; nothing of requests. Without a C++
+compiler, or without AVX-512, there are no such functions and everything runs as it does without
+them.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ class _Pages(ctypes.Structure):
     )
 
 
+class _Map(ctypes.Structure):
+    """A linear map in eight bits, as in native.cpp."""
+
+    _fields_ = (("levels", _Address), ("scales", _Address), ("inputs", _Count), ("outputs", _Count))
+
+
+class _Substitute(ctypes.Structure):
+    """A substitute, its norm and its residual multiplier, as in native.cpp."""
+
+    _fields_ = (
+        ("gain", _Address),
+        ("epsilon", ctypes.c_float),
+        ("multiplier", ctypes.c_float),
+        ("down", _Map),
+        ("up", _Map),
+        ("bias", _Address),
+    )
+
+
 def layer_pages(keys: Tensor, values: Tensor) -> ctypes.Structure:
     """Return where a layer's pages are: views [pages, tokens, kv_heads, head_dim] in bfloat16, each
     page in one piece. They must outlive what is returned."""
@@ -80,6 +100,58 @@ class RowTables:
     """int64 [rows]"""
     lengths: int
     """int64 [rows]: tokens of each sequence, this one included."""
+
+
+MAP_TILE = 32
+"""Inputs and outputs of a map come in multiples of this."""
+MAP_ROWS = 12
+"""The most rows that are mapped at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TiledMap:
+    """A linear map in eight bits, as native.cpp reads it."""
+
+    levels: Tensor
+    """int8 [outputs / MAP_TILE, inputs, MAP_TILE]"""
+    scales: Tensor
+    """float32 [outputs]"""
+
+    @classmethod
+    def of(cls, levels: Tensor, scales: Tensor) -> TiledMap:
+        """Levels are [outputs, inputs], both in multiples of MAP_TILE."""
+        tiles = levels.unflatten(0, (-1, MAP_TILE)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        return cls(tiles.contiguous(), scales.float())
+
+    def address(self) -> ctypes.Structure:
+        tiles, inputs, tile = self.levels.shape
+        return _Map(self.levels.data_ptr(), self.scales.data_ptr(), inputs, tiles * tile)
+
+
+@dataclass(frozen=True, slots=True)
+class NormedMap:
+    """`hidden + multiplier * (bias + maps(norm(hidden)))`, where the norm is RMSNorm."""
+
+    gain: Tensor | None
+    """float32 [width], what a normed number is multiplied by; None: no norm."""
+    epsilon: float
+    multiplier: float
+    maps: tuple[TiledMap, ...]
+    """One, or two, the first of which is computed first."""
+    bias: Tensor
+    """float32 [width]"""
+
+    def address(self) -> ctypes.Structure:
+        """Return where its parts are, which must outlive what is returned."""
+        *down, up = (each.address() for each in self.maps)
+        return _Substitute(
+            None if self.gain is None else self.gain.data_ptr(),
+            self.epsilon,
+            self.multiplier,
+            down[0] if down else _Map(),
+            up,
+            self.bias.data_ptr(),
+        )
 
 
 @torch.library.custom_op("attndrop::four_bit_rows", mutates_args=())
@@ -124,6 +196,9 @@ class NativeFunctions:
         self._product = loaded.eight_bit_product
         self._product.restype = None
         self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
+        self._substitute = loaded.substitute_rows
+        self._substitute.restype = None
+        self._substitute.argtypes = (_Address, _Address, _Count, ctypes.POINTER(_Substitute))
 
     def attend(
         self,
@@ -171,6 +246,14 @@ class NativeFunctions:
         )
         return out
 
+    def substitute(self, hidden: Tensor, substitute: ctypes.Structure) -> Tensor:
+        """Return what a substitute, given by the address of a NormedMap, makes of the residual
+        stream [1, rows, width] in bfloat16, for 1 to MAP_ROWS rows."""
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        self._substitute(hidden.data_ptr(), out.data_ptr(), hidden.shape[1], substitute)
+        return out
+
 
 def _strided(rows: Tensor) -> tuple[int, int, int]:
     """Return the address of [1, heads, rows, head_dim] and the strides of its rows and heads."""
@@ -192,7 +275,7 @@ def native_functions(folder: Path) -> NativeFunctions | None:
             _compile(path, flags)
         return NativeFunctions(path)
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("attention and head run without native functions, slower: %s", error)
+        logger.warning("decoding runs without native functions, slower: %s", error)
         return None
 
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+import pytest
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.engine.eight_bits import Kind, eight_bits
+from server.engine import many_rows
+from server.engine.eight_bits import EightBits, Kind, eight_bits
+
+
+def write_out_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch write out weights for products where Triton's kernel would be interpreted, which
+    takes two seconds a pass of a tiny model; tests/engine/test_linear.py holds it equal to this."""
+
+    def expanded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return EightBits(weight, scale).expanded().to(dtype)
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(many_rows, "expanded", expanded)
 
 
 def round_weights(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:

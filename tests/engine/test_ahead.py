@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pruning.loading import BaseModel
-from pruning.quantised import quantise
+from pruning.quantised import EightBitSubstitute, quantise
+from pruning.substitutes import LinearSubstitute
 from server.engine.ahead import MOST_ROWS, CompiledLayers
 from tests.engine.tiny_engine import LAYERS, wrapped
 from tests.pruning.tiny_models import tiny_model
@@ -65,6 +66,15 @@ def test_other_numbers_in_a_layer_are_another_form(folder: Path) -> None:
     base = four_bit_base()
     base.model.get_decoder().layers[1].mlp.norm.variance_epsilon = 0.5  # type: ignore[no-untyped-call]
     assert CompiledLayers(base.model, folder).missing == 1
+
+
+def test_a_substitute_is_no_other_form(folder: Path) -> None:
+    base = four_bit_base()
+    width = int(base.model.config.hidden_size)
+    substitute = LinearSubstitute(torch.eye(width), torch.ones(width)).bfloat16()
+    base.sublayers[1].substitute = substitute
+    base.sublayers[2].substitute = EightBitSubstitute(substitute)
+    assert CompiledLayers(base.model, folder).missing == 0
 
 
 def test_without_a_compiler_layers_stay_as_they_are(

@@ -188,7 +188,7 @@ def test_the_fast_path_gives_the_tokens_of_rounded_keys(
     requests = [
         new.request(prompt_of(i, length), variant, max_tokens=count)
         for i, (length, variant, count) in enumerate(
-            [(20, "pruned", 6), (10, "full", 30), (10, "full", 30)]
+            [(10, "pruned", 4), (10, "full", 12), (10, "full", 12)]
         )
     ]
     assert served(engine, requests) == wanted(family, requests)

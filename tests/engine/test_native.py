@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pruning.attention import AttentionForm
-from pruning.quantised import GROUP, EightBitHead, FourBitLinear, four_bits, quantise, runs_here
+from pruning.quantised import (
+    GROUP,
+    EightBitHead,
+    FourBitLinear,
+    four_bits,
+    quantise,
+    quantise_substitutes,
+    runs_here,
+)
 from pruning.variants import Variants
 from server.engine.ahead import MOST_ROWS, _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
@@ -20,6 +29,7 @@ from server.engine.native import NativeFunctions, four_bit_rows, native_function
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
 from server.engine.scheduler import Limits, Scheduler
+from tests.engine.test_native_substitutes import random_substitute
 from tests.engine.tiny_engine import Numbered, recorder, tiny_variants, wrapped
 from tests.pruning.tiny_models import tiny_model
 
@@ -129,10 +139,11 @@ class FourBitProduct(torch.nn.Module):
         return four_bit_rows(inputs[0], packed, scales_and_zeros)[None]
 
 
-@pytest.mark.parametrize(("width", "outputs"), [(96, 128), (64, 64)])
 def test_products_in_four_bits_are_those_of_float64(
-    native: NativeFunctions, tmp_path: Path, width: int, outputs: int
+    native: NativeFunctions, tmp_path: Path
 ) -> None:
+    """Of several groups of inputs, and more outputs than torch packs together."""
+    width, outputs = 96, 128
     if not native.has_four_bits:
         pytest.skip("products in four bits need AVX512_BF16")
     bits = four_bits(torch.randn(outputs, width))
@@ -154,6 +165,9 @@ def answers(folder: Path | None) -> list[list[int]]:
     """Return what an engine in four bits generates, by native functions if it has a folder."""
     base = wrapped(tiny_model("llama", layers=4))
     quantise(base.model)
+    for layer, rank in ((1, None), (2, 5)):
+        base.sublayers[layer].substitute = random_substitute(32, rank).bfloat16()
+    quantise_substitutes(base)
     variants = tiny_variants(4, pruned={1, 2})
     engine = build_engine(base, variants, EngineConfig(kv_cache_bytes=1 << 22, compiled=folder))
     engine.start()
@@ -170,17 +184,26 @@ def without_compiling_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.engine.ahead.CompiledLayers.compile_in_background", lambda _: None)
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str, used: Counter[str]) -> None:
+    function = getattr(NativeFunctions, name)
+
+    def counted(*given: object) -> object:
+        used[name] += 1
+        return function(*given)
+
+    monkeypatch.setattr(NativeFunctions, name, counted)
+
+
 def test_an_engine_answers_alike_with_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_compiling_layers(monkeypatch)
-    used: list[int] = []
-    attend = NativeFunctions.attend
-    monkeypatch.setattr(
-        NativeFunctions, "attend", lambda *given: (used.append(1), attend(*given))[1]
-    )
+    used: Counter[str] = Counter()
+    for name in ("attend", "substitute"):
+        count_calls(monkeypatch, name, used)
     assert answers(tmp_path) == answers(None)
-    assert len(used) > 12
+    assert used["attend"] > 12
+    assert used["substitute"] > 12
 
 
 def test_without_a_compiler_all_runs_as_before(
