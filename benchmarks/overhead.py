@@ -5,7 +5,8 @@
 One process holds the engine and the server, as `attndrop serve` does; the clients are a process of
 their own. Runs of both kinds alternate. Beside the speeds stands the processor time of a generated
 token: on a machine with as many cores as the engine has threads, the clients' work slows down the
-engine, and that is not the server's cost.
+engine, and that is not the server's cost. Tokens a step say how well the requests ran together, the
+device's idle share whether it waited for the host between steps (on a GPU; a CPU's is not counted).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pruning.cli import progress_bars
 from pruning.loading import EMBEDDED_MODEL
 from server.config import Settings
 from server.engine.assembly import default_limits
+from server.engine.stats import EngineStats
 from server.lifecycle import Server, Worker, bind
 from server.startup import Started, start
 
@@ -53,6 +55,10 @@ class Run:
     """Of those, the thread's that serves HTTP."""
     client_cpu: float = 0.0
     """Seconds of processor time that the clients' process spent on a token."""
+    step_tokens: float = 0.0
+    """Generated tokens over the engine's steps."""
+    idle_share: float = 0.0
+    """Of the device's time in steps and between those that followed each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +167,37 @@ def _measure(
 
 
 def _in_process(running: Running, variant: str, load: Load) -> Run:
-    before = time.process_time()
+    before, stats = time.process_time(), running.engine.stats()
     served = serve_in_process(
         running, variant, load.requests, load.prompt_tokens, load.output_tokens, load.concurrency
     )
     spent = time.process_time() - before
-    return Run(served.tokens_per_second, spent / served.output_tokens)
+    run = Run(served.tokens_per_second, spent / served.output_tokens)
+    return _with_steps(run, served.output_tokens, stats, running.engine.stats())
 
 
 def _over_http(served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load) -> Run:
     process, http = time.process_time(), served.http_seconds()
+    stats = served.running.engine.stats()
     speed, client = clients.submit(send_load, served.url, variant, load).result()
     tokens = load.requests * load.output_tokens
-    return Run(
+    run = Run(
         speed,
         (time.process_time() - process) / tokens,
         (served.http_seconds() - http) / tokens,
         client / tokens,
+    )
+    return _with_steps(run, tokens, stats, served.running.engine.stats())
+
+
+def _with_steps(run: Run, tokens: int, before: EngineStats, after: EngineStats) -> Run:
+    """Add what the engine says of a run of so many tokens."""
+    idle = after.device_idle_seconds - before.device_idle_seconds
+    whole = idle + after.device_busy_seconds - before.device_busy_seconds
+    return replace(
+        run,
+        step_tokens=tokens / (after.steps - before.steps),
+        idle_share=idle / whole if whole else 0.0,
     )
 
 
@@ -200,12 +220,14 @@ def _print(found: Overhead, load: Load) -> None:
         f"generated tokens a request; bar: {BAR:.0%}"
     )
     table = Table(title=title)
-    for heading in ("", "tokens/s", "CPU µs a token", "of it HTTP's thread", "clients' beside it"):
+    cpu = ("CPU µs a token", "of it HTTP's thread", "clients' beside it")
+    for heading in ("", "tokens/s", *cpu, "tokens a step", "device idle"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, run in (("in process", found.in_process), ("over HTTP", found.over_http)):
         seconds = (run.process_cpu, run.http_cpu, run.client_cpu)
         cells = (f"{value * 1e6:.0f}" for value in seconds)
-        table.add_row(name, f"{run.tokens_per_second:.1f}", *cells)
+        steps = (f"{run.step_tokens:.1f}", f"{run.idle_share:.1%}")
+        table.add_row(name, f"{run.tokens_per_second:.1f}", *cells, *steps)
     mark = "" if found.share <= BAR else " !"
     table.add_row("overhead", f"{found.share:.1%}{mark}", "", f"{found.cpu_share:.1%}", "")
     Console().print(table)
