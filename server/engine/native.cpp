@@ -1,5 +1,5 @@
-// What a decode step on a CPU computes, as single calls: attention of sequences with one row over
-// bfloat16 pages, a head's product with weights in eight bits, what stands in a dropped sublayer's
+// What a step on a CPU computes, as single calls: attention over bfloat16 pages, of single rows and
+// of prompt chunks, a head's product with weights in eight bits, what stands in a dropped sublayer's
 // place with maps in eight bits, and layers' products with weights in four. For AVX-512; native.py
 // compiles and calls this file. The last one is called by the compiled functions of ahead.py,
 // through torch's stable C interface.
@@ -209,6 +209,214 @@ extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_
 #pragma omp parallel for schedule(dynamic)
   for (Index item = 0; item < rows * kv_heads; ++item) one(item);
 }
+
+#ifdef __AVX512BF16__
+
+namespace {
+
+constexpr Index kTokens = 64;  // whose scores of a row are in registers at one time
+constexpr Index kTogether = 4;  // rows that share what is read of keys and values
+constexpr Index kVectors = kTokens / kLanes;
+constexpr Index kTileRows = 192;  // rows times heads of a tile
+constexpr float kUnseen = -1e30f;
+
+// Two numbers in bfloat16 that are multiplied at one time.
+using Pair = std::uint32_t;
+
+inline __m512bh pairs(const void* place) { return (__m512bh)_mm512_loadu_si512(place); }
+
+inline __m512bh repeated(Pair pair) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)); }
+
+// 2^x for x <= 0, as above.
+inline __m512 powers_of_two(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
+  for (const float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
+                        2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// Rows of one sequence that one thread attends with the query heads of one key head: tile row
+// row * heads + head. Position `first` is that of its first row.
+struct Tile {
+  Index rows, heads, first;
+  std::vector<Pair> query;  // [tile rows, dim / 2]
+  std::vector<float> out, best, sum;
+  std::vector<Pair> keys, values;  // [dim / 2, kTokens], [kTokens / 2, dim]
+
+  Tile(Index rows, Index heads, Index first, Index dim)
+      : rows(rows), heads(heads), first(first), query(padded() * dim / 2), out(padded() * dim),
+        best(padded(), kUnseen), sum(padded(), 0.0f), keys(dim / 2 * kTokens),
+        values(kTokens / 2 * dim) {}
+
+  Index padded() const { return (rows * heads + kTogether - 1) / kTogether * kTogether; }
+  Index position(Index tile_row) const {
+    return first + std::min(tile_row / heads, rows - 1);
+  }
+};
+
+// Put keys and values of tokens from `at` on where products find them; those past `end` are zero.
+void pack(Tile& tile, const Pages& pages, const std::int32_t* table, Index at, Index end,
+          Index kv_head) {
+  const Index dim = pages.dim, half = dim / 2;
+  static const std::vector<Bfloat16> nothing(1024, 0);
+  for (Index t = 0; t < kTokens; t += 2) {
+    const Bfloat16* values[2];
+    for (Index i = 0; i < 2; ++i) {
+      const Index token = at + t + i;
+      const Bfloat16* key = nothing.data();
+      values[i] = nothing.data();
+      if (token < end) {
+        const Index place = table[token / pages.tokens] * pages.page_stride +
+                            (token % pages.tokens * pages.kv_heads + kv_head) * dim;
+        key = pages.keys + place;
+        values[i] = pages.values + place;
+      }
+      for (Index d = 0; d < half; ++d)
+        std::memcpy(&tile.keys[d * kTokens + t + i], key + 2 * d, sizeof(Pair));
+    }
+    Pair* to = &tile.values[t / 2 * dim];
+    for (Index d = 0; d < dim; d += kLanes) {
+      const auto wide = [&](Index i) {
+        return _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values[i] + d)));
+      };
+      _mm512_storeu_si512(to + d, _mm512_or_si512(wide(0), _mm512_slli_epi32(wide(1), 16)));
+    }
+  }
+}
+
+// Attend with kTogether rows of a tile, from `row` on, over the packed tokens from `at` on.
+void attend_block(Tile& tile, Index row, Index at, Index dim, float factor, Index window) {
+  const Index half = dim / 2;
+  __m512 scores[kTogether][kVectors];
+  for (auto& own : scores)
+    for (auto& vector : own) vector = _mm512_setzero_ps();
+  const Pair* query = &tile.query[row * half];
+  for (Index d = 0; d < half; ++d) {
+    __m512bh keys[kVectors];
+    for (Index v = 0; v < kVectors; ++v) keys[v] = pairs(&tile.keys[d * kTokens + v * kLanes]);
+    for (Index r = 0; r < kTogether; ++r) {
+      const __m512bh q = repeated(query[r * half + d]);
+      for (Index v = 0; v < kVectors; ++v)
+        scores[r][v] = _mm512_dpbf16_ps(scores[r][v], q, keys[v]);
+    }
+  }
+  alignas(64) Pair weights[kTogether][kTokens / 2];
+  float fade[kTogether];
+  for (Index r = 0; r < kTogether; ++r) {
+    const Index position = tile.position(row + r);
+    const Index oldest = window > 0 ? position - window + 1 : 0;
+    const bool whole = at + kTokens - 1 <= position && at >= oldest;
+    __m512 most = _mm512_set1_ps(kUnseen);
+    for (Index v = 0; v < kVectors; ++v) {
+      scores[r][v] = _mm512_mul_ps(scores[r][v], _mm512_set1_ps(factor));
+      if (!whole) {
+        __mmask16 seen = 0;
+        for (Index lane = 0; lane < kLanes; ++lane) {
+          const Index token = at + v * kLanes + lane;
+          if (token <= position && token >= oldest) seen |= 1 << lane;
+        }
+        scores[r][v] = _mm512_mask_blend_ps(seen, _mm512_set1_ps(kUnseen), scores[r][v]);
+      }
+      most = _mm512_max_ps(most, scores[r][v]);
+    }
+    const float before = tile.best[row + r];
+    const float best = std::max(before, _mm512_reduce_max_ps(most));
+    // Where nothing was seen yet, weights come out as 1 and are forgotten by the first real score.
+    __m512 sum = _mm512_setzero_ps();
+    for (auto& vector : scores[r]) {
+      vector = powers_of_two(_mm512_sub_ps(vector, _mm512_set1_ps(best)));
+      sum = _mm512_add_ps(sum, vector);
+    }
+    for (Index v = 0; v < kVectors; v += 2)
+      _mm512_store_si512(&weights[r][v * kLanes / 2],
+                         (__m512i)_mm512_cvtne2ps_pbh(scores[r][v + 1], scores[r][v]));
+    fade[r] = power_of_two(before - best);
+    tile.best[row + r] = best;
+    tile.sum[row + r] = tile.sum[row + r] * fade[r] + _mm512_reduce_add_ps(sum);
+  }
+  for (Index d = 0; d < dim; d += kVectors * kLanes) {
+    __m512 out[kTogether][kVectors];
+    for (Index r = 0; r < kTogether; ++r)
+      for (Index v = 0; v < kVectors; ++v)
+        out[r][v] = _mm512_mul_ps(_mm512_loadu_ps(&tile.out[(row + r) * dim + d + v * kLanes]),
+                                  _mm512_set1_ps(fade[r]));
+    for (Index t = 0; t < kTokens / 2; ++t) {
+      __m512bh values[kVectors];
+      for (Index v = 0; v < kVectors; ++v) values[v] = pairs(&tile.values[t * dim + d + v * kLanes]);
+      for (Index r = 0; r < kTogether; ++r) {
+        const __m512bh weight = repeated(weights[r][t]);
+        for (Index v = 0; v < kVectors; ++v)
+          out[r][v] = _mm512_dpbf16_ps(out[r][v], weight, values[v]);
+      }
+    }
+    for (Index r = 0; r < kTogether; ++r)
+      for (Index v = 0; v < kVectors; ++v)
+        _mm512_storeu_ps(&tile.out[(row + r) * dim + d + v * kLanes], out[r][v]);
+  }
+}
+
+// A tile's place in a step.
+struct Item {
+  Index sequence, kv_head, row, rows;  // `row` counts from the sequence's first one
+};
+
+}  // namespace
+
+// As attend_rows, where sequence i has the rows from starts[i] to starts[i + 1]: the last ones of
+// its lengths[i] tokens, each of which sees the tokens up to its own. There is no soft-capping, and
+// dim comes in multiples of kTokens.
+extern "C" void attend_chunks(const Bfloat16* query, Index query_row, Index query_head,
+                              const Bfloat16* key, Index key_row, Index key_head,
+                              const Bfloat16* value, Index value_row, Index value_head,
+                              Bfloat16* out, Index heads, float scaling, Index window,
+                              const Pages* pages, Index sequences, const Index* slots,
+                              const std::int32_t* table, const Index* table_starts,
+                              const Index* lengths, const Index* starts) {
+  write({key, key_row, key_head}, pages->keys, *pages, slots, starts[sequences]);
+  write({value, value_row, value_head}, pages->values, *pages, slots, starts[sequences]);
+  const Index dim = pages->dim, shared = heads / pages->kv_heads;
+  const Index most = std::max<Index>(1, kTileRows / shared);
+  const float factor = scaling * 1.4426950408889634f;  // scores as powers of two
+  std::vector<Item> items;
+  for (Index sequence = 0; sequence < sequences; ++sequence) {
+    const Index count = starts[sequence + 1] - starts[sequence];
+    for (Index row = (count - 1) / most * most; row >= 0; row -= most)  // the longest first
+      for (Index kv_head = 0; kv_head < pages->kv_heads; ++kv_head)
+        items.push_back({sequence, kv_head, row, std::min(most, count - row)});
+  }
+#pragma omp parallel for schedule(dynamic)
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const Item& item = items[i];
+    const Index first = starts[item.sequence] + item.row, head = item.kv_head * shared;
+    const Index count = starts[item.sequence + 1] - starts[item.sequence];
+    Tile tile(item.rows, shared, lengths[item.sequence] - count + item.row, dim);
+    for (Index row = 0; row < item.rows; ++row)
+      for (Index h = 0; h < shared; ++h)
+        std::memcpy(&tile.query[(row * shared + h) * dim / 2],
+                    query + (first + row) * query_row + (head + h) * query_head,
+                    dim * sizeof(Bfloat16));
+    const Index end = tile.first + item.rows;
+    const Index oldest = window > 0 ? std::max<Index>(0, tile.first - window + 1) : 0;
+    for (Index at = oldest / kTokens * kTokens; at < end; at += kTokens) {
+      pack(tile, *pages, table + table_starts[item.sequence], at, end, item.kv_head);
+      for (Index row = 0; row < tile.padded(); row += kTogether)
+        if (at <= tile.position(row + kTogether - 1))
+          attend_block(tile, row, at, dim, factor, window);
+    }
+    for (Index row = 0; row < item.rows; ++row)
+      for (Index h = 0; h < shared; ++h)
+        for (Index d = 0, r = row * shared + h; d < dim; ++d)
+          out[((first + row) * heads + head + h) * dim + d] =
+              rounded(tile.out[r * dim + d] / tile.sum[r]);
+  }
+}
+
+#endif
 
 // out [rows, outputs] = inputs [rows, width] * levels [outputs, width]^T * scales [outputs], where
 // outputs come in multiples of kOutputs and width in multiples of kLanes.

@@ -1,7 +1,7 @@
 """The functions of native.cpp, compiled for this machine when a server first starts and kept.
 
-A decode step on a CPU calls them where torch, or Python around it, takes several times as long as
-the work: attention of single rows over pages, the head's product with weights in eight bits, what
+A step on a CPU calls them where torch, or Python around it, takes several times as long as the
+work: attention over pages, of single rows and of chunks, the head's product in eight bits, what
 stands in dropped sublayers' places, and layers' products in four bits, which layers compiled ahead
 of time call by themselves. Knows addresses, shapes and strides; nothing of requests. Without a C++
 compiler, or without AVX-512, there are no such functions and everything runs as it does without
@@ -102,6 +102,25 @@ class RowTables:
     """int64 [rows]: tokens of each sequence, this one included."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkTables:
+    """As RowTables, where sequences may have several rows."""
+
+    sequences: int
+    slots: int
+    """int64 [rows]"""
+    table: int
+    table_starts: int
+    """int64 [sequences]"""
+    lengths: int
+    """int64 [sequences]: tokens of each sequence, its last row's included."""
+    starts: int
+    """int64 [sequences + 1]: first row of each sequence."""
+
+
+CHUNK_DIM = 64
+"""Head dimensions that chunks are attended with come in multiples of this."""
+
 MAP_TILE = 32
 """Inputs and outputs of a map come in multiples of this."""
 MAP_ROWS = 12
@@ -193,6 +212,16 @@ class NativeFunctions:
             *(_Count, ctypes.c_float, ctypes.c_float, _Count),
             *(ctypes.POINTER(_Pages), _Count, _Address, _Address, _Address, _Address),
         )
+        self.has_chunks = hasattr(loaded, "attend_chunks")
+        """Whether the processor multiplies bfloat16 numbers."""
+        if self.has_chunks:
+            self._attend_chunks = loaded.attend_chunks
+            self._attend_chunks.restype = None
+            self._attend_chunks.argtypes = (
+                *(*_Strided, *_Strided, *_Strided, _Address),
+                *(_Count, ctypes.c_float, _Count),
+                *(ctypes.POINTER(_Pages), _Count, *(_Address,) * 5),
+            )
         self._product = loaded.eight_bit_product
         self._product.restype = None
         self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
@@ -228,6 +257,37 @@ class NativeFunctions:
             tables.table,
             tables.table_starts,
             tables.lengths,
+        )
+        return out
+
+    def attend_chunks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm,
+        pages: ctypes.Structure,
+        tables: ChunkTables,
+    ) -> Tensor:
+        """As `attend`, where a sequence may have several rows, each of which sees the tokens up to
+        its own. For `has_chunks`, forms without soft-capping, and multiples of CHUNK_DIM."""
+        _, heads, rows, dim = query.shape
+        out = query.new_empty(1, rows, heads, dim)
+        self._attend_chunks(
+            *_strided(query),
+            *_strided(key),
+            *_strided(value),
+            out.data_ptr(),
+            heads,
+            form.scaling,
+            form.sliding_window or 0,
+            pages,
+            tables.sequences,
+            tables.slots,
+            tables.table,
+            tables.table_starts,
+            tables.lengths,
+            tables.starts,
         )
         return out
 

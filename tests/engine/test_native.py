@@ -56,9 +56,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
     return functions
 
 
-def scheduler_of(lengths: list[int], variants: Variants, layout: PageLayout) -> Scheduler:
-    """Return a scheduler whose next step is the prompts of both variants."""
-    limits = Limits(tokens_per_step=20_000)
+def scheduler_of(
+    lengths: list[int], variants: Variants, layout: PageLayout, tokens_per_step: int = 20_000
+) -> Scheduler:
+    """Return a scheduler whose next steps are the prompts of both variants."""
+    limits = Limits(tokens_per_step=tokens_per_step)
     scheduler = Scheduler(limits, variants, layout, PagePool(PAGES))
     for length in lengths:
         for variant in ("full", "pruned"):
@@ -85,6 +87,8 @@ def compare(
     reference.prepare(batch)
     for layer in (0, 2, 7):
         count = batch.attending_rows[layer]
+        if count == 0:
+            continue
         q, k, v = (rows(n, count, dim) for n in (heads, kv_heads, kv_heads))
         got = backend(layer, q, k, v, shape)
         expected = reference(layer, q.double(), k.double(), v.double(), shape)
@@ -114,6 +118,32 @@ def test_single_rows_equal_sdpa(
     batch = build_batch(scheduler.schedule(), variants, layout)
     assert len(batch.token_ids) == len(batch.sequences)
     compare(backend, reference, batch, form, 2**-8)  # rounded once
+    assert torch.equal(pool.double(), exact), "keys and values are where they belong"
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_chunks_equal_sdpa(
+    native: NativeFunctions, form: tuple[int, int, int, AttentionForm]
+) -> None:
+    """Beginnings and continuations of prompts, in pages and out of order there, beside single
+    rows."""
+    _, kv_heads, dim, _ = form
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(PAGES, layout.page_elements).bfloat16()
+    exact = pool.double()
+    backend = RowsBackend(native, pool, layout, variants, kv_heads)
+    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    scheduler = scheduler_of([1, 90, 70, 200], variants, layout, tokens_per_step=100)
+    for _ in range(6):
+        step = scheduler.schedule()
+        batch = build_batch(step, variants, layout)
+        assert len(batch.token_ids) > len(batch.sequences)
+        compare(backend, reference, batch, form, 1e-2)
+        scheduler.advance(step)
+        for scheduled in step:
+            if scheduled.samples:
+                scheduled.request.output.append(7)
     assert torch.equal(pool.double(), exact), "keys and values are where they belong"
 
 
@@ -199,7 +229,7 @@ def test_an_engine_answers_alike_with_and_without(
 ) -> None:
     without_compiling_layers(monkeypatch)
     used: Counter[str] = Counter()
-    for name in ("attend", "substitute"):
+    for name in ("attend", "attend_chunks", "substitute"):
         count_calls(monkeypatch, name, used)
     assert answers(tmp_path) == answers(None)
     assert used["attend"] > 12

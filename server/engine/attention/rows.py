@@ -1,7 +1,8 @@
-"""A backend for steps of single rows on a CPU: one native call a layer, no gathered copies.
+"""A backend for a CPU: one native call a layer, no gathered copies.
 
-Needs bfloat16 pages in host memory and native functions (server/engine/native.py). Any step with a
-chunk of several rows is the reference's, whose pages it shares.
+Needs bfloat16 pages in host memory and native functions (server/engine/native.py). Steps with
+chunks of several rows need more: a processor that multiplies bfloat16 numbers, heads of a multiple
+of CHUNK_DIM, no soft-capping. Other such steps are the reference's, whose pages it shares.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from pruning.variants import Variants
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
-from server.engine.native import NativeFunctions, RowTables, layer_pages
+from server.engine.native import (
+    CHUNK_DIM,
+    ChunkTables,
+    NativeFunctions,
+    RowTables,
+    layer_pages,
+)
 from server.engine.pages import PageLayout
 
 
@@ -25,13 +32,13 @@ from server.engine.pages import PageLayout
 class _Prepared:
     """One layer group's share of a step."""
 
-    tables: RowTables
+    tables: RowTables | ChunkTables
     arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]
     """What the tables are the addresses of."""
 
 
 class RowsBackend:
-    """Attention of single rows over pages by native code."""
+    """Attention over pages by native code."""
 
     def __init__(
         self,
@@ -47,25 +54,40 @@ class RowsBackend:
         self._views = layer_views(pool, layout, variants, kv_heads)
         self._pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
         self._group_of = variants.group_of_layer
-        self._prepared: list[_Prepared] | None = None
+        self._prepared: list[_Prepared] = []
+        self._for_reference: Batch | None = None
+        """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
-        if len(batch.token_ids) > len(batch.sequences):
-            self._prepared = None
-            self._reference.prepare(batch)
-        else:
-            self._prepared = [_prepared(group, batch) for group in batch.groups]
+        has_chunks = len(batch.token_ids) > len(batch.sequences)
+        prepared = _chunks if has_chunks else _rows
+        self._prepared = [prepared(group, batch) for group in batch.groups]
+        self._for_reference = batch if has_chunks else None
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        if self._prepared is None:
-            return self._reference(layer, query, key, value, form)
-        tables = self._prepared[self._group_of[layer]].tables
-        return self._native.attend(query, key, value, form, self._pages[layer], tables)
+        tables, pages = self._prepared[self._group_of[layer]].tables, self._pages[layer]
+        if isinstance(tables, RowTables):
+            return self._native.attend(query, key, value, form, pages, tables)
+        dim = query.shape[-1]
+        if self._native.has_chunks and dim % CHUNK_DIM == 0 and form.softcap is None:
+            return self._native.attend_chunks(query, key, value, form, pages, tables)
+        if self._for_reference is not None:
+            self._reference.prepare(self._for_reference)
+            self._for_reference = None
+        return self._reference(layer, query, key, value, form)
 
 
-def _prepared(group: GroupRows, batch: Batch) -> _Prepared:
+def _rows(group: GroupRows, batch: Batch) -> _Prepared:
     arrays = (group.slots, group.pages, group.table_starts, batch.lengths)
-    slots, table, starts, lengths = (array.ctypes.data for array in arrays)
-    return _Prepared(RowTables(group.rows, slots, table, starts, lengths), arrays)
+    return _Prepared(RowTables(group.rows, *_addresses(arrays)), arrays)
+
+
+def _chunks(group: GroupRows, batch: Batch) -> _Prepared:
+    arrays = (group.slots, group.pages, group.table_starts, batch.lengths, batch.query_starts)
+    return _Prepared(ChunkTables(group.sequences, *_addresses(arrays)), arrays)
+
+
+def _addresses(arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]) -> list[int]:
+    return [array.ctypes.data for array in arrays]
