@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,13 @@ from pruning.attention import CausalAttention
 from pruning.quantised import EightBitSubstitute, runs_here
 from pruning.sublayers import AttentionSublayer, wrap
 from pruning.substitutes import LinearSubstitute
-from server.engine.native import MAP_ROWS, NativeFunctions, native_functions
+from server.engine.native import (
+    MAP_ROWS,
+    NativeFunctions,
+    NormedMap,
+    TiledMap,
+    native_functions,
+)
 from server.engine.substitutes import use_native
 from tests.pruning.tiny_models import tiny_model
 
@@ -22,11 +30,23 @@ FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gemma3_text", "olmo2", "granite
 ROUNDED = 2**-8
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
-    functions = native_functions(tmp_path_factory.mktemp("native"))
+def compiled(folder: Path) -> NativeFunctions:
+    functions = native_functions(folder)
     assert functions is not None
     return functions
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
+    return compiled(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def in_float32(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
+    """The functions of a processor without products of bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return compiled(tmp_path_factory.mktemp("in_float32"))
 
 
 def random_substitute(width: int, rank: int | None) -> LinearSubstitute:
@@ -100,6 +120,27 @@ def test_maps_of_any_shape(
 ) -> None:
     """Of one tile and many, on one thread and on several."""
     hold_equal(sublayer_of("llama", width, rank), torch.randn(1, rows, width).bfloat16(), native)
+
+
+@pytest.mark.parametrize("rows", range(1, MAP_ROWS + 1))
+@pytest.mark.parametrize("rank", [None, 160])
+def test_maps_without_products_of_bfloat16(
+    in_float32: NativeFunctions, rank: int | None, rows: int
+) -> None:
+    hold_equal(sublayer_of("llama", 224, rank), torch.randn(1, rows, 224).bfloat16(), in_float32)
+
+
+def test_every_level_is_multiplied_exactly(native: NativeFunctions) -> None:
+    """By the greatest and the least of eight bits and all between, in places of their own."""
+    width = 256
+    levels = torch.arange(width).sub(128).to(torch.int8).diag()
+    scales = torch.ones(width)
+    held = NormedMap(None, 0.0, 1.0, (TiledMap.of(levels, scales),), torch.zeros(width))
+    address = held.address()
+    for rows in range(1, MAP_ROWS + 1):
+        hidden = torch.randint(-1, 2, (1, rows, width)).bfloat16()
+        expected = hidden + (hidden.double() @ levels.double().T).bfloat16()
+        assert torch.equal(native.substitute(hidden, address), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
