@@ -3,18 +3,19 @@
     python -m benchmarks.substitutes --drop 50% --kind linear --batch 1,8 --context 64,2048
     python -m benchmarks.substitutes --shape llama-3-8b --kind linear:256         # on a GPU
 
-The full variant, the pruned one, and the pruned one with substitutes. Speed alone is measured, so
-the maps are random. Engines with and without them are built in turns on models made anew, since a
-GPU records what a step does; ratios are of the medians. The model is
-served as it would be by default: on a CPU in four bits where the checkpoint allows it, with
-compiled layers.
+The full variant, the pruned one, and the pruned one with substitutes, in turns; ratios are medians
+of those within a turn. Speed alone is measured, so the maps are random. On a CPU one engine decodes
+in all three ways, since two engines differ by more than what is asked; a GPU records what a step
+does, so there every turn makes its engines anew. The model is served as it would be by default: on
+a CPU in four bits where the checkpoint allows it, with compiled layers.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.inprocess import COMPILED, decode, machine, passing, running
+from benchmarks.inprocess import COMPILED, Running, decode, machine, passing, running
 from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
 from benchmarks.step import limits_for
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
@@ -42,10 +43,21 @@ from pruning.variants import FULL, Variants
 from server.engine.assembly import EngineConfig
 
 _STEPS = 64
-_MEASURED = ("full", "plain", "substituted")
 
 Cell = tuple[int, int]
 """Requests that decode together, and the tokens of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Seconds of a step."""
+
+    full: float
+    plain: float
+    substituted: float
+
+
+Turns = dict[Cell, list[Turn]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +69,21 @@ class Row:
     full: float
     plain: float
     substituted: float
+    faster: float
+    """The full variant's time over that of the pruned one without substitutes."""
+    slower: float
+    """The time with substitutes over that without."""
 
-    @property
-    def faster(self) -> float:
-        """Return the full variant's time over that of the pruned one without substitutes."""
-        return self.full / self.plain
-
-    @property
-    def slower(self) -> float:
-        """Return the time with substitutes over that without."""
-        return self.substituted / self.plain
+    @classmethod
+    def of(cls, cell: Cell, turns: Sequence[Turn]) -> Row:
+        return cls(
+            *cell,
+            full=statistics.median(turn.full for turn in turns),
+            plain=statistics.median(turn.plain for turn in turns),
+            substituted=statistics.median(turn.substituted for turn in turns),
+            faster=statistics.median(turn.full / turn.plain for turn in turns),
+            slower=statistics.median(turn.substituted / turn.plain for turn in turns),
+        )
 
 
 def main(
@@ -76,7 +93,7 @@ def main(
     kind: Annotated[str, typer.Option(help="linear or linear:RANK.")] = "linear",
     batch: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,8",
     context: Annotated[str, typer.Option(help="Tokens of each.")] = "64,2048",
-    repeats: int = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns.")] = 5,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure substitutes."""
@@ -89,17 +106,9 @@ def main(
     where, weights = device_and_dtype("auto", "auto")
     load = (lambda: random_base(shape, weights, where)) if shape else (lambda: _served(model))
     cells = [(int(b), int(c)) for c in context.split(",") for b in batch.split(",")]
-    times: dict[Cell, dict[str, list[float]]] = {cell: {} for cell in cells}
-    described = ""
-    for turn in track(range(2 * repeats), description="measuring"):
-        found, text = _turn(load, drop, wanted if turn % 2 else None, cells)
-        described = text or described
-        for cell, seconds in found.items():
-            for what, value in seconds.items():
-                times[cell].setdefault(what, []).append(value)
-    rows = [
-        Row(*cell, *(statistics.median(times[cell][what]) for what in _MEASURED)) for cell in cells
-    ]
+    measure = _by_engines if where.type == "cuda" else _by_one_engine
+    turns, described = measure(load, drop, wanted, cells, repeats)
+    rows = [Row.of(cell, turns[cell]) for cell in cells]
     _print(rows, f"{shape or model}, {drop} dropped: {described}")
     if output is not None:
         body = {"machine": machine(where), "kind": kind, "drop": drop, "substitutes": described}
@@ -114,26 +123,80 @@ def _served(model: str) -> BaseModel:
     return base
 
 
-def _turn(
-    load: Callable[[], BaseModel], drop: str, kind: SubstituteKind | None, cells: list[Cell]
-) -> tuple[dict[Cell, dict[str, float]], str]:
-    """Return the seconds of a step in each cell, by what is measured, and what the substitutes
-    take."""
+def _by_one_engine(
+    load: Callable[[], BaseModel],
+    drop: str,
+    kind: SubstituteKind,
+    cells: Sequence[Cell],
+    repeats: int,
+) -> tuple[Turns, str]:
+    """Decode in turns on one engine; return the turns, and what the substitutes take."""
     base, variants, described = passing(lambda: _prepared(load, drop, kind))
-    most = max(count for count, _ in cells)
-    limits = limits_for(most, base.device, None)
-    config = EngineConfig(limits, compiled=COMPILED)
-    with running(base, variants, config) as engine:
-        measured = {"full": FULL, "plain": PRUNED} if kind is None else {"substituted": PRUNED}
-        decode(engine, {PRUNED: most}, 32, 8)
-        found = {
-            (count, tokens): {
-                what: decode(engine, {variant: count}, tokens, _STEPS).step_seconds
-                for what, variant in measured.items()
-            }
-            for count, tokens in cells
-        }
+    turns: Turns = {cell: [] for cell in cells}
+    with running(base, variants, _config(base, cells)) as engine:
+        for cell in track(cells, description="measuring"):
+            _step_seconds(engine, PRUNED, (cell[0], 32))  # meets this batch for the first time
+            for _ in range(repeats):
+                full = _step_seconds(engine, FULL, cell)
+                with _passing_through(base):
+                    plain = _step_seconds(engine, PRUNED, cell)
+                turns[cell].append(Turn(full, plain, _step_seconds(engine, PRUNED, cell)))
+    return turns, described
+
+
+@contextmanager
+def _passing_through(base: BaseModel) -> Iterator[None]:
+    """Let rows that do not attend pass through all sublayers, as long as this lasts."""
+    former = [sublayer.replace_by(lambda hidden: hidden) for sublayer in base.sublayers]
+    try:
+        yield
+    finally:
+        for sublayer, function in zip(base.sublayers, former, strict=True):
+            sublayer.replace_by(function)
+
+
+def _by_engines(
+    load: Callable[[], BaseModel],
+    drop: str,
+    kind: SubstituteKind,
+    cells: Sequence[Cell],
+    repeats: int,
+) -> tuple[Turns, str]:
+    """Decode on engines without and with substitutes, made for each turn; return the turns, and
+    what the substitutes take."""
+    turns: Turns = {cell: [] for cell in cells}
+    described = ""
+    for _ in track(range(repeats), description="measuring"):
+        bare, _text = _cells(load, drop, None, cells, (FULL, PRUNED))
+        mapped, described = _cells(load, drop, kind, cells, (PRUNED,))
+        for cell in cells:
+            turns[cell].append(Turn(*bare[cell], *mapped[cell]))
+    return turns, described
+
+
+def _cells(
+    load: Callable[[], BaseModel],
+    drop: str,
+    kind: SubstituteKind | None,
+    cells: Sequence[Cell],
+    names: Sequence[str],
+) -> tuple[dict[Cell, list[float]], str]:
+    """Return the seconds of a step of these variants in each cell, and what substitutes take."""
+    base, variants, described = passing(lambda: _prepared(load, drop, kind))
+    with running(base, variants, _config(base, cells)) as engine:
+        decode(engine, {PRUNED: max(count for count, _ in cells)}, 32, 8)
+        found = {cell: [_step_seconds(engine, name, cell) for name in names] for cell in cells}
     return found, described
+
+
+def _config(base: BaseModel, cells: Sequence[Cell]) -> EngineConfig:
+    most = max(count for count, _ in cells)
+    return EngineConfig(limits_for(most, base.device, None), compiled=COMPILED)
+
+
+def _step_seconds(engine: Running, variant: str, cell: Cell) -> float:
+    count, tokens = cell
+    return decode(engine, {variant: count}, tokens, _STEPS).step_seconds
 
 
 def _prepared(

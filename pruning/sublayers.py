@@ -114,10 +114,12 @@ class AttentionSublayer(nn.Module):
             return hidden
         return _add(hidden, substitute(self.norm(hidden)), self.multiplier)
 
-    def replace_by(self, function: Callable[[Tensor], Tensor]) -> None:
+    def replace_by(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Let another function compute `replaced` of the substitute that stands here now, in
-        forward passes."""
+        forward passes; return the one that did so far."""
+        before = self._replace
         self._replace = function  # type: ignore[assignment,method-assign]
+        return before
 
     def _replace(self, hidden: Tensor) -> Tensor:
         return self.replaced(hidden, self.substitute)

@@ -215,7 +215,7 @@ extern "C" void attend_rows(const Bfloat16* query, Index query_row, Index query_
 namespace {
 
 constexpr Index kTokens = 64;  // whose scores of a row are in registers at one time
-constexpr Index kTogether = 4;  // rows that share what is read of keys and values
+constexpr Index kSharing = 4;  // rows that share what is read of keys and values
 constexpr Index kVectors = kTokens / kLanes;
 constexpr Index kTileRows = 192;  // rows times heads of a tile
 constexpr float kUnseen = -1e30f;
@@ -252,7 +252,7 @@ struct Tile {
         best(padded(), kUnseen), sum(padded(), 0.0f), keys(dim / 2 * kTokens),
         values(kTokens / 2 * dim) {}
 
-  Index padded() const { return (rows * heads + kTogether - 1) / kTogether * kTogether; }
+  Index padded() const { return (rows * heads + kSharing - 1) / kSharing * kSharing; }
   Index position(Index tile_row) const {
     return first + std::min(tile_row / heads, rows - 1);
   }
@@ -289,25 +289,25 @@ void pack(Tile& tile, const Pages& pages, const std::int32_t* table, Index at, I
   }
 }
 
-// Attend with kTogether rows of a tile, from `row` on, over the packed tokens from `at` on.
+// Attend with kSharing rows of a tile, from `row` on, over the packed tokens from `at` on.
 void attend_block(Tile& tile, Index row, Index at, Index dim, float factor, Index window) {
   const Index half = dim / 2;
-  __m512 scores[kTogether][kVectors];
+  __m512 scores[kSharing][kVectors];
   for (auto& own : scores)
     for (auto& vector : own) vector = _mm512_setzero_ps();
   const Pair* query = &tile.query[row * half];
   for (Index d = 0; d < half; ++d) {
     __m512bh keys[kVectors];
     for (Index v = 0; v < kVectors; ++v) keys[v] = pairs(&tile.keys[d * kTokens + v * kLanes]);
-    for (Index r = 0; r < kTogether; ++r) {
+    for (Index r = 0; r < kSharing; ++r) {
       const __m512bh q = repeated(query[r * half + d]);
       for (Index v = 0; v < kVectors; ++v)
         scores[r][v] = _mm512_dpbf16_ps(scores[r][v], q, keys[v]);
     }
   }
-  alignas(64) Pair weights[kTogether][kTokens / 2];
-  float fade[kTogether];
-  for (Index r = 0; r < kTogether; ++r) {
+  alignas(64) Pair weights[kSharing][kTokens / 2];
+  float fade[kSharing];
+  for (Index r = 0; r < kSharing; ++r) {
     const Index position = tile.position(row + r);
     const Index oldest = window > 0 ? position - window + 1 : 0;
     const bool whole = at + kTokens - 1 <= position && at >= oldest;
@@ -340,21 +340,21 @@ void attend_block(Tile& tile, Index row, Index at, Index dim, float factor, Inde
     tile.sum[row + r] = tile.sum[row + r] * fade[r] + _mm512_reduce_add_ps(sum);
   }
   for (Index d = 0; d < dim; d += kVectors * kLanes) {
-    __m512 out[kTogether][kVectors];
-    for (Index r = 0; r < kTogether; ++r)
+    __m512 out[kSharing][kVectors];
+    for (Index r = 0; r < kSharing; ++r)
       for (Index v = 0; v < kVectors; ++v)
         out[r][v] = _mm512_mul_ps(_mm512_loadu_ps(&tile.out[(row + r) * dim + d + v * kLanes]),
                                   _mm512_set1_ps(fade[r]));
     for (Index t = 0; t < kTokens / 2; ++t) {
       __m512bh values[kVectors];
       for (Index v = 0; v < kVectors; ++v) values[v] = pairs(&tile.values[t * dim + d + v * kLanes]);
-      for (Index r = 0; r < kTogether; ++r) {
+      for (Index r = 0; r < kSharing; ++r) {
         const __m512bh weight = repeated(weights[r][t]);
         for (Index v = 0; v < kVectors; ++v)
           out[r][v] = _mm512_dpbf16_ps(out[r][v], weight, values[v]);
       }
     }
-    for (Index r = 0; r < kTogether; ++r)
+    for (Index r = 0; r < kSharing; ++r)
       for (Index v = 0; v < kVectors; ++v)
         _mm512_storeu_ps(&tile.out[(row + r) * dim + d + v * kLanes], out[r][v]);
   }
@@ -404,8 +404,8 @@ extern "C" void attend_chunks(const Bfloat16* query, Index query_row, Index quer
     const Index oldest = window > 0 ? std::max<Index>(0, tile.first - window + 1) : 0;
     for (Index at = oldest / kTokens * kTokens; at < end; at += kTokens) {
       pack(tile, *pages, table + table_starts[item.sequence], at, end, item.kv_head);
-      for (Index row = 0; row < tile.padded(); row += kTogether)
-        if (at <= tile.position(row + kTogether - 1))
+      for (Index row = 0; row < tile.padded(); row += kSharing)
+        if (at <= tile.position(row + kSharing - 1))
           attend_block(tile, row, at, dim, factor, window);
     }
     for (Index row = 0; row < item.rows; ++row)
