@@ -96,7 +96,7 @@ def main(
     settings = Settings.model_validate({"model": model, "drop": drop, "prefix_caching": False})
     with client_process() as clients, _served(settings) as served:
         found = _measure(served, clients, variant, load, repeats)
-    _print(found, load)
+    _print(found, load, served.device)
     if output is not None:
         shares = {"share": found.share, "cpu_share": found.cpu_share}
         body = {"machine": machine(served.device), **asdict(found), **shares}
@@ -214,7 +214,7 @@ def _median(runs: Sequence[Run]) -> Run:
     return Run(*(statistics.median(column) for column in columns))
 
 
-def _print(found: Overhead, load: Load) -> None:
+def _print(found: Overhead, load: Load, device: torch.device) -> None:
     title = (
         f"{load.concurrency} streams, {load.prompt_tokens} prompt and {load.output_tokens} "
         f"generated tokens a request; bar: {BAR:.0%}"
@@ -226,11 +226,12 @@ def _print(found: Overhead, load: Load) -> None:
     for name, run in (("in process", found.in_process), ("over HTTP", found.over_http)):
         seconds = (run.process_cpu, run.http_cpu, run.client_cpu)
         cells = (f"{value * 1e6:.0f}" for value in seconds)
-        steps = (f"{run.step_tokens:.1f}", f"{run.idle_share:.1%}")
+        idle = "-" if device.type == "cpu" else f"{run.idle_share:.1%}"
+        steps = (f"{run.step_tokens:.1f}", idle)
         table.add_row(name, f"{run.tokens_per_second:.1f}", *cells, *steps)
     mark = "" if found.share <= BAR else " !"
     table.add_row("overhead", f"{found.share:.1%}{mark}", "", f"{found.cpu_share:.1%}", "")
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
