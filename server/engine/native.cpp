@@ -36,18 +36,21 @@ inline Bfloat16 rounded(float number) {  // to nearest, ties to even
   return static_cast<Bfloat16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// 2^x, for x <= 0, with a relative error below 2e-7: Cephes' polynomial for the fraction.
+// 2^f for |f| <= 0.5, from f^6 on, with a relative error below 2e-7: Cephes' polynomial.
+constexpr float kPower[] = {1.535336188319500e-4f, 1.339887440266574e-3f, 9.618437357674640e-3f,
+                            5.550332471162809e-2f, 2.402264791363012e-1f, 6.931472028550421e-1f,
+                            1.0f};
+constexpr int kPowers = sizeof kPower / sizeof kPower[0];
+constexpr float kLeast = -126.0f;  // below, 2^x is no normal number
+
+// 2^x, for x <= 0.
 inline float power_of_two(float x) {
-  x = std::max(x, -126.0f);
+  x = std::max(x, kLeast);
   const float whole = static_cast<float>(static_cast<std::int32_t>(x - 0.5f));
   const float f = x - whole;
-  float p = 1.535336188319500e-4f;
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  float p = kPower[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < kPowers; ++i) p = p * f + kPower[i];
   const std::uint32_t bits = static_cast<std::uint32_t>(static_cast<std::int32_t>(whole) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
@@ -229,13 +232,11 @@ inline __m512bh repeated(Pair pair) { return (__m512bh)_mm512_set1_epi32(static_
 
 // 2^x for x <= 0, as above.
 inline __m512 powers_of_two(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  x = _mm512_max_ps(x, _mm512_set1_ps(kLeast));
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-  for (const float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f,
-                        2.402264791363012e-1f, 6.931472028550421e-1f, 1.0f})
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+  __m512 p = _mm512_set1_ps(kPower[0]);
+  for (int i = 1; i < kPowers; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kPower[i]));
   return _mm512_scalef_ps(p, whole);
 }
 

@@ -16,7 +16,7 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,29 +87,14 @@ def layer_pages(keys: Tensor, values: Tensor) -> ctypes.Structure:
 
 
 @dataclass(frozen=True, slots=True)
-class RowTables:
-    """Addresses of a step's arrays for one layer group, one row a sequence; who makes them keeps
-    the arrays."""
+class StepTables:
+    """Addresses of a step's arrays for one layer group; who makes them keeps the arrays."""
 
-    rows: int
+    sequences: int
     slots: int
     """int64 [rows]: page x tokens per page + place in the page."""
     table: int
     """int32: the sequences' pages, one after the other."""
-    table_starts: int
-    """int64 [rows]"""
-    lengths: int
-    """int64 [rows]: tokens of each sequence, this one included."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkTables:
-    """As RowTables, where sequences may have several rows."""
-
-    sequences: int
-    slots: int
-    """int64 [rows]"""
-    table: int
     table_starts: int
     """int64 [sequences]"""
     lengths: int
@@ -236,29 +221,13 @@ class NativeFunctions:
         value: Tensor,
         form: AttentionForm,
         pages: ctypes.Structure,
-        tables: RowTables,
+        tables: StepTables,
     ) -> Tensor:
         """Write key and value [1, kv_heads, rows, head_dim] into their slots and attend with query
-        [1, heads, rows, head_dim], all in bfloat16; return [1, rows, heads, head_dim]."""
-        _, heads, rows, dim = query.shape
-        out = query.new_empty(1, rows, heads, dim)
-        self._attend(
-            *_strided(query),
-            *_strided(key),
-            *_strided(value),
-            out.data_ptr(),
-            heads,
-            form.scaling,
-            form.softcap or 0.0,
-            form.sliding_window or 0,
-            pages,
-            tables.rows,
-            tables.slots,
-            tables.table,
-            tables.table_starts,
-            tables.lengths,
-        )
-        return out
+        [1, heads, rows, head_dim], one row of each sequence, all in bfloat16; return
+        [1, rows, heads, head_dim]."""
+        scores = (form.scaling, form.softcap or 0.0, form.sliding_window or 0)
+        return _attended(self._attend, query, key, value, *scores, pages, *_sequences(tables))
 
     def attend_chunks(
         self,
@@ -267,29 +236,13 @@ class NativeFunctions:
         value: Tensor,
         form: AttentionForm,
         pages: ctypes.Structure,
-        tables: ChunkTables,
+        tables: StepTables,
     ) -> Tensor:
         """As `attend`, where a sequence may have several rows, each of which sees the tokens up to
         its own. For `has_chunks`, forms without soft-capping, and multiples of CHUNK_DIM."""
-        _, heads, rows, dim = query.shape
-        out = query.new_empty(1, rows, heads, dim)
-        self._attend_chunks(
-            *_strided(query),
-            *_strided(key),
-            *_strided(value),
-            out.data_ptr(),
-            heads,
-            form.scaling,
-            form.sliding_window or 0,
-            pages,
-            tables.sequences,
-            tables.slots,
-            tables.table,
-            tables.table_starts,
-            tables.lengths,
-            tables.starts,
-        )
-        return out
+        scores = (form.scaling, form.sliding_window or 0)
+        where = (*_sequences(tables), tables.starts)
+        return _attended(self._attend_chunks, query, key, value, *scores, pages, *where)
 
     def eight_bit_product(self, inputs: Tensor, levels: Tensor, scales: Tensor) -> Tensor:
         """Return inputs [rows, width] times levels [outputs, width] and scales [outputs], all but
@@ -313,6 +266,27 @@ class NativeFunctions:
         out = torch.empty_like(hidden)
         self._substitute(hidden.data_ptr(), out.data_ptr(), hidden.shape[1], substitute)
         return out
+
+
+def _attended(
+    function: Callable[..., None], query: Tensor, key: Tensor, value: Tensor, *rest: object
+) -> Tensor:
+    """Return what a function leaves of query, key and value, given the rest."""
+    _, heads, rows, dim = query.shape
+    out = query.new_empty(1, rows, heads, dim)
+    given = (*_strided(query), *_strided(key), *_strided(value))
+    function(*given, out.data_ptr(), heads, *rest)
+    return out
+
+
+def _sequences(tables: StepTables) -> tuple[int, ...]:
+    return (
+        tables.sequences,
+        tables.slots,
+        tables.table,
+        tables.table_starts,
+        tables.lengths,
+    )
 
 
 def _strided(rows: Tensor) -> tuple[int, int, int]:

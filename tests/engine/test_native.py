@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from pruning.quantised import (
     quantise_substitutes,
     runs_here,
 )
-from pruning.variants import Variants
 from server.engine.ahead import MOST_ROWS, _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.attention.rows import RowsBackend
@@ -28,7 +28,7 @@ from server.engine.batch import Batch, build_batch
 from server.engine.native import NativeFunctions, four_bit_rows, native_functions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import Limits, Scheduled, Scheduler
 from tests.engine.test_native_substitutes import random_substitute
 from tests.engine.tiny_engine import Numbered, recorder, tiny_variants, wrapped
 from tests.pruning.tiny_models import tiny_model
@@ -38,14 +38,20 @@ pytestmark = pytest.mark.skipif(
 )
 new = Numbered()
 
+Form = tuple[int, int, int, AttentionForm]
+"""Heads, kv heads, head dimension, and what is done with scores."""
+
 PAGES = 700
-FORMS = {
+VARIANTS = tiny_variants(8, pruned={2, 3, 5})
+FORMS: dict[str, Form] = {
     "plain": (8, 2, 128, AttentionForm(128**-0.5)),
     "no groups": (3, 3, 64, AttentionForm(0.2)),
     "odd heads, window": (9, 3, 64, AttentionForm(0.125, sliding_window=100)),
     "wide heads, capped": (4, 2, 256, AttentionForm(0.0625, sliding_window=60, softcap=5.0)),
     "no multiple of a vector": (4, 2, 20, AttentionForm(2.0)),
 }
+IN_CHUNKS = {"plain", "no groups", "odd heads, window"}
+"""Forms that the native function takes for prompts, where the processor multiplies bfloat16."""
 HIDDEN = 48
 
 
@@ -57,11 +63,11 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
 
 
 def scheduler_of(
-    lengths: list[int], variants: Variants, layout: PageLayout, tokens_per_step: int = 20_000
+    lengths: list[int], layout: PageLayout, tokens_per_step: int = 20_000
 ) -> Scheduler:
     """Return a scheduler whose next steps are the prompts of both variants."""
     limits = Limits(tokens_per_step=tokens_per_step)
-    scheduler = Scheduler(limits, variants, layout, PagePool(PAGES))
+    scheduler = Scheduler(limits, VARIANTS, layout, PagePool(PAGES))
     for length in lengths:
         for variant in ("full", "pruned"):
             scheduler.add(new.request([5] * length, variant))
@@ -74,77 +80,92 @@ def rows(heads: int, count: int, dim: int) -> Tensor:
     return (3 * torch.randn(1, count, heads, dim)).bfloat16().transpose(1, 2)
 
 
-def compare(
-    backend: RowsBackend,
-    reference: SdpaBackend,
-    batch: Batch,
-    form: tuple[int, int, int, AttentionForm],
-    tolerance: float,
-) -> None:
-    """Hold a step of the backend equal to the reference, which computes in float64."""
-    heads, kv_heads, dim, shape = form
-    backend.prepare(batch)
-    reference.prepare(batch)
+class Both:
+    """The native backend, and the reference on the same pages in float64."""
+
+    def __init__(self, native: NativeFunctions, form: Form) -> None:
+        self.form = form
+        _, kv_heads, dim, _ = form
+        sizes = [len(group.layers) for group in VARIANTS.groups]
+        self.layout = page_layout(sizes, 2 * kv_heads * dim)
+        self.pool = torch.randn(PAGES, self.layout.page_elements).bfloat16()
+        self.exact = self.pool.double()
+        self.native = RowsBackend(native, self.pool, self.layout, VARIANTS, kv_heads)
+        self.reference = SdpaBackend(self.exact, self.layout, VARIANTS, kv_heads)
+
+    def batch(self, step: Sequence[Scheduled]) -> Batch:
+        return build_batch(step, VARIANTS, self.layout)
+
+
+def compare(both: Both, batch: Batch, tolerance: float) -> None:
+    """Hold a step of the native backend equal to the reference."""
+    heads, kv_heads, dim, shape = both.form
+    both.native.prepare(batch)
+    both.reference.prepare(batch)
     for layer in (0, 2, 7):
         count = batch.attending_rows[layer]
         if count == 0:
             continue
         q, k, v = (rows(n, count, dim) for n in (heads, kv_heads, kv_heads))
-        got = backend(layer, q, k, v, shape)
-        expected = reference(layer, q.double(), k.double(), v.double(), shape)
+        got = both.native(layer, q, k, v, shape)
+        expected = both.reference(layer, q.double(), k.double(), v.double(), shape)
         assert got.dtype == torch.bfloat16
         assert (got.double() - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("lengths", [[1, 15, 16, 17, 130], [3000]], ids=["short", "long"])
-def test_single_rows_equal_sdpa(
-    native: NativeFunctions, form: tuple[int, int, int, AttentionForm], lengths: list[int]
-) -> None:
-    _, kv_heads, dim, _ = form
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(PAGES, layout.page_elements).bfloat16()
-    exact = pool.double()
-    backend = RowsBackend(native, pool, layout, variants, kv_heads)
-    reference = SdpaBackend(exact, layout, variants, kv_heads)
-    scheduler = scheduler_of(lengths, variants, layout)
+def test_single_rows_equal_sdpa(native: NativeFunctions, form: Form, lengths: list[int]) -> None:
+    both = Both(native, form)
+    scheduler = scheduler_of(lengths, both.layout)
     prompts = scheduler.schedule()
     if sum(lengths) < 1000:  # takes long in float64
-        compare(backend, reference, build_batch(prompts, variants, layout), form, 1e-2)
+        compare(both, both.batch(prompts), 1e-2)
     scheduler.advance(prompts)
     for request in scheduler.running:
         request.output.append(7)
-    batch = build_batch(scheduler.schedule(), variants, layout)
+    batch = both.batch(scheduler.schedule())
     assert len(batch.token_ids) == len(batch.sequences)
-    compare(backend, reference, batch, form, 2**-8)  # rounded once
-    assert torch.equal(pool.double(), exact), "keys and values are where they belong"
+    compare(both, batch, 2**-8)  # rounded once
+    assert torch.equal(both.pool.double(), both.exact), "keys and values are where they belong"
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_chunks_equal_sdpa(
-    native: NativeFunctions, form: tuple[int, int, int, AttentionForm]
-) -> None:
-    """Beginnings and continuations of prompts, in pages and out of order there, beside single
-    rows."""
-    _, kv_heads, dim, _ = form
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(PAGES, layout.page_elements).bfloat16()
-    exact = pool.double()
-    backend = RowsBackend(native, pool, layout, variants, kv_heads)
-    reference = SdpaBackend(exact, layout, variants, kv_heads)
-    scheduler = scheduler_of([1, 90, 70, 200], variants, layout, tokens_per_step=100)
+def steps_of_chunks(layout: PageLayout) -> Iterator[Batch]:
+    """Yield steps with beginnings and continuations of prompts, beside single rows."""
+    scheduler = scheduler_of([1, 90, 70, 200], layout, tokens_per_step=100)
     for _ in range(6):
         step = scheduler.schedule()
-        batch = build_batch(step, variants, layout)
+        batch = build_batch(step, VARIANTS, layout)
         assert len(batch.token_ids) > len(batch.sequences)
-        compare(backend, reference, batch, form, 1e-2)
+        yield batch
         scheduler.advance(step)
         for scheduled in step:
             if scheduled.samples:
                 scheduled.request.output.append(7)
-    assert torch.equal(pool.double(), exact), "keys and values are where they belong"
+
+
+@pytest.mark.parametrize("form", [FORMS[name] for name in sorted(IN_CHUNKS)], ids=sorted(IN_CHUNKS))
+def test_chunks_equal_sdpa(native: NativeFunctions, form: Form) -> None:
+    both = Both(native, form)
+    for batch in steps_of_chunks(both.layout):
+        compare(both, batch, 1e-2)
+    assert torch.equal(both.pool.double(), both.exact), "keys and values are where they belong"
+
+
+@pytest.mark.parametrize("form", [FORMS[name] for name in sorted(set(FORMS) - IN_CHUNKS)])
+def test_chunks_of_other_forms_are_the_references(native: NativeFunctions, form: Form) -> None:
+    """To the bit, in bfloat16."""
+    both = Both(native, form)
+    heads, kv_heads, dim, shape = form
+    reference = SdpaBackend(both.pool.clone(), both.layout, VARIANTS, kv_heads)
+    for batch in steps_of_chunks(both.layout):
+        both.native.prepare(batch)
+        reference.prepare(batch)
+        for layer in (0, 2, 7):
+            if count := batch.attending_rows[layer]:
+                q, k, v = (rows(n, count, dim) for n in (heads, kv_heads, kv_heads))
+                expected = reference(layer, q, k, v, shape)
+                assert torch.equal(both.native(layer, q, k, v, shape), expected)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
@@ -229,7 +250,7 @@ def test_an_engine_answers_alike_with_and_without(
 ) -> None:
     without_compiling_layers(monkeypatch)
     used: Counter[str] = Counter()
-    for name in ("attend", "attend_chunks", "substitute"):
+    for name in ("attend", "substitute"):
         count_calls(monkeypatch, name, used)
     assert answers(tmp_path) == answers(None)
     assert used["attend"] > 12

@@ -18,13 +18,7 @@ from pruning.variants import Variants
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
-from server.engine.native import (
-    CHUNK_DIM,
-    ChunkTables,
-    NativeFunctions,
-    RowTables,
-    layer_pages,
-)
+from server.engine.native import CHUNK_DIM, NativeFunctions, StepTables, layer_pages
 from server.engine.pages import PageLayout
 
 
@@ -32,7 +26,7 @@ from server.engine.pages import PageLayout
 class _Prepared:
     """One layer group's share of a step."""
 
-    tables: RowTables | ChunkTables
+    tables: StepTables
     arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]
     """What the tables are the addresses of."""
 
@@ -55,20 +49,20 @@ class RowsBackend:
         self._pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
         self._group_of = variants.group_of_layer
         self._prepared: list[_Prepared] = []
+        self._has_chunks = False
         self._for_reference: Batch | None = None
         """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
-        has_chunks = len(batch.token_ids) > len(batch.sequences)
-        prepared = _chunks if has_chunks else _rows
-        self._prepared = [prepared(group, batch) for group in batch.groups]
-        self._for_reference = batch if has_chunks else None
+        self._prepared = [_prepared(group, batch) for group in batch.groups]
+        self._has_chunks = len(batch.token_ids) > len(batch.sequences)
+        self._for_reference = batch if self._has_chunks else None
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
         tables, pages = self._prepared[self._group_of[layer]].tables, self._pages[layer]
-        if isinstance(tables, RowTables):
+        if not self._has_chunks:
             return self._native.attend(query, key, value, form, pages, tables)
         dim = query.shape[-1]
         if self._native.has_chunks and dim % CHUNK_DIM == 0 and form.softcap is None:
@@ -79,15 +73,7 @@ class RowsBackend:
         return self._reference(layer, query, key, value, form)
 
 
-def _rows(group: GroupRows, batch: Batch) -> _Prepared:
-    arrays = (group.slots, group.pages, group.table_starts, batch.lengths)
-    return _Prepared(RowTables(group.rows, *_addresses(arrays)), arrays)
-
-
-def _chunks(group: GroupRows, batch: Batch) -> _Prepared:
+def _prepared(group: GroupRows, batch: Batch) -> _Prepared:
     arrays = (group.slots, group.pages, group.table_starts, batch.lengths, batch.query_starts)
-    return _Prepared(ChunkTables(group.sequences, *_addresses(arrays)), arrays)
-
-
-def _addresses(arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]) -> list[int]:
-    return [array.ctypes.data for array in arrays]
+    addresses = (array.ctypes.data for array in arrays)
+    return _Prepared(StepTables(group.sequences, *addresses), arrays)
