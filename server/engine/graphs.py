@@ -126,7 +126,7 @@ class StepGraphs:
         if recording is None:
             return None
         if (recorded := self._recorded.get(recording)) is None:
-            if len(self._recorded) == MOST_GRAPHS:
+            if len(self._recorded) >= MOST_GRAPHS:  # many variants have more from the start
                 return None
             recorded = self._recorded[recording] = self._record(recording)
         filled = recorded.layout.fill(batch, sources)
