@@ -1,10 +1,11 @@
 """How long the device works and waits, by timestamps it takes itself.
 
-    device   [ step n ]......[ step n + 1 ]
-                      idle: counted when step n + 1 was launched while step n was under way or
-                      unread, so that work was there and the host was late
+    device   [ step n ]......[ step n + 1 ]      [ step n + 2 ]
+                      idle: the host was late    not counted: there was no work in between
 
-On a CPU, which computes while the host waits, nothing is counted.
+A step begins with its first kernel; inputs are on their way before. One that runs kernel by kernel
+counts as busy while the device waits for the next of them. On a CPU, which computes while the host
+waits, nothing is counted.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ class DeviceTime:
         self.busy += step.start.elapsed_time(step.end) / 1e3
         if step.before is not None and step.before.end is not None:
             self.idle += max(0.0, step.before.end.elapsed_time(step.start) / 1e3)
+        step.before = None  # counted; keep no chain of steps
 
 
 class Span:
     """One step between two marks in the device's queue."""
 
     def __init__(self, before: Span | None) -> None:
-        """`before` is the step that this one follows without a pause."""
+        """`before` is the step after which there was work all the time."""
         self.before = before
         self.start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.end: torch.cuda.Event | None = None

@@ -197,6 +197,7 @@ class Engine:
         """Run the commands that are there; wait for one if there is nothing else to do."""
         idle = not self._scheduler.has_work and self._in_flight is None
         if idle and not self._stopping:
+            self._runner.rest()
             self._commands.get()()
         while not self._commands.empty():
             self._commands.get()()
@@ -248,7 +249,8 @@ class Engine:
         for scheduled in batch.sequences:
             scheduled.request.pending = None
         for place, index in enumerate(batch.sampled):
-            batch.sequences[index].request.pending = place
+            scheduled = batch.sequences[index]
+            scheduled.request.pending, scheduled.request.pending_share = place, scheduled
 
     def _launch_apart(self, step: Sequence[Scheduled], error: Exception) -> None:
         """Compute each request of a failed step by itself, as far as it has not ended."""
@@ -272,9 +274,10 @@ class Engine:
         now = time.monotonic()
         self._commit_scores(batch, result)
         for place, index in enumerate(batch.sampled):
-            request = batch.sequences[index].request
-            if request.pending == place:
-                request.pending = None
+            scheduled = batch.sequences[index]
+            request = scheduled.request
+            if request.pending_share is scheduled:
+                request.pending = request.pending_share = None
             if request.id in self._requests:
                 self._commit_token(request, result.tokens[place], result.logprobs[place], now)
         for scheduled in batch.sequences:

@@ -28,7 +28,7 @@ from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend
 from server.engine.batch import Batch
 from server.engine.layouts import Chunks, Layout, Shape, SingleRows, rows_by_variant
-from server.engine.runner import known_tokens
+from server.engine.runner import RecordedStep, known_tokens
 from server.engine.sampling import most_likely
 from server.engine.transfer import upload
 
@@ -120,8 +120,8 @@ class StepGraphs:
             self._recorded[recording] = self._record(recording)
         logger.info("recorded %d graphs in %.1f s", len(recordings), time.monotonic() - started)
 
-    def replay(self, batch: Batch, sources: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Compute a batch; see the runner's protocol."""
+    def prepare(self, batch: Batch, sources: NDArray[np.int64]) -> RecordedStep | None:
+        """Bring a batch's inputs to the device; see the runner's protocol."""
         recording = self._recording(batch)
         if recording is None:
             return None
@@ -131,8 +131,7 @@ class StepGraphs:
             recorded = self._recorded[recording] = self._record(recording)
         filled = recorded.layout.fill(batch, sources)
         self._inputs[: len(filled)].copy_(upload(filled, torch.int32, self._inputs.device))
-        recorded.run()
-        return recorded.layout.places(batch)
+        return RecordedStep(recorded.run, recorded.layout.places(batch))
 
     def _recording(self, batch: Batch) -> Recording | None:
         """Return what a batch can be computed by, None if it has to run kernel by kernel."""

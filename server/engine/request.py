@@ -122,6 +122,9 @@ class Request:
     pending: int | None = None
     """Set while the next token is sampled but not known here yet: its place among the tokens of
     the step in flight."""
+    pending_share: object = None
+    """The request's share of the step that samples the pending token. Two steps are on their way at
+    times, and only the later one's token is still pending when that of the other arrives."""
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the request's pages, the step in flight included."""
     pages: dict[int, array[int]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ next step, which may be launched before they are read::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,16 +73,29 @@ class Runner(Protocol):
         """Start computing a batch: keys and values into their pages, and its new tokens."""
         ...
 
+    def rest(self) -> None:
+        """Note that there is no work: what passes until the next step is no idle time."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStep:
+    """A recorded step whose inputs are in place."""
+
+    run: Callable[[], None]
+    """Computes it and leaves the most likely tokens in the last tokens."""
+    places: NDArray[np.int64]
+    """Of each sequence there."""
+
 
 class StepGraphs(Protocol):
     """Steps of few rows that were recorded once and are replayed."""
 
     logits: Tensor
-    """[places, vocabulary] of the last replay."""
+    """[places, vocabulary] of the last step that ran."""
 
-    def replay(self, batch: Batch, sources: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Compute a batch, leave its most likely tokens in the last tokens and return the place of
-        each sequence there; None if there is no graph for such a batch."""
+    def prepare(self, batch: Batch, sources: NDArray[np.int64]) -> RecordedStep | None:
+        """Bring a batch's inputs to the device; None if nothing is recorded for such a batch."""
         ...
 
 
@@ -111,7 +125,7 @@ class ModelRunner:
         self._last_tokens = last_tokens
         self._graphs = graphs
         self._places = np.empty(0, dtype=np.int64)
-        self._newest: _Step | None = None
+        self._newest: Span | None = None
 
     @property
     def pool_bytes(self) -> int:
@@ -119,21 +133,22 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Launched:
-        span = self._span()
         sources = self._sources(batch)
-        places = None if self._graphs is None else self._graphs.replay(batch, sources)
-        step = self._eager(batch, sources) if places is None else self._replayed(batch, places)
+        recorded = None if self._graphs is None else self._graphs.prepare(batch, sources)
+        span = Span(self._newest) if self._pool.device.type == "cuda" else None
+        if recorded is None:
+            step = self._eager(batch, sources)
+        else:
+            recorded.run()
+            step = self._replayed(batch, recorded.places)
         if span is not None:
             span.close()
         step.span, step.device_time = span, self.device_time
-        self._places, self._newest = step.places, step
+        self._places, self._newest = step.places, span
         return step
 
-    def _span(self) -> Span | None:
-        if self._pool.device.type != "cuda":
-            return None
-        newest = self._newest
-        return Span(None if newest is None or newest.was_read else newest.span)
+    def rest(self) -> None:
+        self._newest = None
 
     def _sources(self, batch: Batch) -> NDArray[np.int64]:
         """Return for each row the place of its token among the last tokens, or -1."""
@@ -202,7 +217,6 @@ class _Step:
     prompt: Scores | None
     span: Span | None = None
     device_time: DeviceTime | None = None
-    was_read: bool = False
 
     def result(self) -> StepResult:
         self._wait()
@@ -221,5 +235,3 @@ class _Step:
         if self.span is not None and self.device_time is not None:
             self.span.wait()
             self.device_time.add(self.span)
-            self.span.before = None  # its marks are counted; keep no chain of steps
-        self.was_read = True

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from math import lcm
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -299,6 +300,25 @@ def test_the_death_of_the_engine_reaches_every_request() -> None:
     assert not engine.stats().alive
     with pytest.raises(EngineDeadError):
         engine.submit([new.request((5,))])
+
+
+def test_while_a_step_is_committed_the_next_one_is_on_its_way() -> None:
+    """Where the device runs on its own it must never wait for the host."""
+    engine = tiny_engine(VARIANTS, overlaps=True)
+    with (
+        patch.object(engine, "_launch", wraps=engine._launch) as launch,
+        patch.object(engine, "_commit", wraps=engine._commit) as commit,
+    ):
+        calls = Mock()
+        calls.attach_mock(launch, "launch")
+        calls.attach_mock(commit, "commit")
+        requests = [new.request(prompt_of(i, 9), max_tokens=8) for i in range(3)]
+        engine.submit(requests)
+        for request in requests:
+            recorder(request).wait()
+        engine.stop()
+    order = [name for name, *_ in calls.mock_calls]
+    assert order == ["launch", *["launch", "commit"] * 7, "commit"]
 
 
 def test_stopping_aborts_what_runs_and_what_waits() -> None:

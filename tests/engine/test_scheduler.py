@@ -223,18 +223,19 @@ class Traffic(RuleBasedStateMachine):
         self.scheduler.advance(step)
         for place, scheduled in enumerate(step):
             scheduled.request.pending = place if scheduled.samples else None
+            scheduled.request.pending_share = scheduled
 
     def commit_in_flight(self) -> None:
         self.commit(self.in_flight)
         self.in_flight = ()
 
     def commit(self, step: tuple[Scheduled, ...]) -> None:
-        for place, scheduled in enumerate(step):
+        for scheduled in step:
             request = scheduled.request
             if request not in self.open:
                 continue
             if scheduled.samples:
-                if request.pending == place:
+                if request.pending_share is scheduled:
                     request.pending = None
                 request.output.append(next_token(request))
             end = scheduled.start + scheduled.count
