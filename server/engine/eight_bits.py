@@ -87,7 +87,7 @@ class EightBitLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
         product = linear.linear(rows, self.numbers, self.bias, self.scales)
-        return product.view(*inputs.shape[:-1], product.shape[-1])  # type: ignore[no-any-return]
+        return product.view(*inputs.shape[:-1], product.shape[-1])
 
 
 class EightBitPart(nn.Module):

@@ -30,10 +30,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.engine import many_rows
+from server.engine.operators import operator
 from server.engine.packing import first_input, numbers
 
 _MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
 """Beyond these cuBLAS is as fast."""
+_MOST_ROWS_OF_GATED = 128
+"""Where silu(g) * u is part of the product."""
 _MOST_ROWS_OF_EIGHT_BITS = 128
 """Beyond these, what cuBLAS needs first (a wider weight, or rows in eight bits) is worth it."""
 _WIDE = 8192
@@ -128,6 +131,33 @@ def _plus(
 
 
 @triton.jit
+def _gated_rows(
+    x, weight, y, rows, outputs, inputs, x_row, weight_row, y_row,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """One program: OUTPUTS outputs of all rows, which are enough to stand on the left."""
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, item = tl.arange(0, ROWS), tl.arange(0, INPUTS)
+    exists, asked = output < outputs, row < rows
+    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    up = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    given = x + row[:, None] * x_row + item[None, :]
+    band = weight + output[None, :].to(tl.int64) * weight_row + item[:, None]
+    second = outputs.to(tl.int64) * weight_row
+    for _ in range(0, inputs, INPUTS):
+        part = tl.load(given, asked[:, None], 0.0)
+        tile = tl.load(band, exists[None, :], eviction_policy="evict_first")
+        acc = tl.dot(part, tile, acc, input_precision="ieee")
+        tile = tl.load(band + second, exists[None, :], eviction_policy="evict_first")
+        up = tl.dot(part, tile, up, input_precision="ieee")
+        given += INPUTS
+        band += INPUTS
+    acc = acc / (1 + tl.exp(-acc)) * up
+    target = y + row[:, None] * y_row + output[None, :]
+    tl.store(target, acc.to(y.dtype.element_ty), asked[:, None] & exists[None, :])
+
+
+@triton.jit
 def _gate(x, y, width, WIDTH: tl.constexpr):  # fmt: skip
     """One program: a piece of a row. x is [rows, 2 * width]."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,7 +168,11 @@ def _gate(x, y, width, WIDTH: tl.constexpr):  # fmt: skip
     tl.store(y + row * width + at, (opened * up).to(y.dtype.element_ty), at < width)
 
 
-@torch.library.custom_op("attndrop::linear", mutates_args=())
+def _linear_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@operator(_linear_shape)
 def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """Return x @ (weight * scale).T + added.
 
@@ -154,12 +188,11 @@ def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None
     return torch.addmm(added, x, weight.t())
 
 
-@linear.register_fake
-def _linear_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _gated_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-@torch.library.custom_op("attndrop::gated", mutates_args=())
+@operator(_gated_shape)
 def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return silu(g) * u, where g and u are the halves of x @ (weight * scale).T.
 
@@ -169,12 +202,9 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return _multiply(x, weight, None, scale, gated=True)
     if scale is not None:
         return gate(many_rows.scaled_linear(x, weight, None, scale))
+    if x.shape[0] <= _MOST_ROWS_OF_GATED and _is_laid_out(x, weight):
+        return _gated_of_some_rows(x, weight)
     return gate(functional.linear(x, weight))
-
-
-@gated.register_fake
-def _gated_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
 def gate(both: Tensor) -> Tensor:
@@ -190,14 +220,20 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
     Measured by benchmarks/products.py for weights of 4096 to 128256 outputs.
     """
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
+    rows, outputs = x.shape[0], weight.shape[0]
+    if not _is_laid_out(x, weight):
         return False
     if weight.dtype.itemsize == 1:
         return rows <= _MOST_ROWS_OF_EIGHT_BITS
-    if inputs % 256 or outputs < _FEWEST_OUTPUTS:
-        return False
     return rows <= (_MOST_ROWS if outputs >= _WIDE else _MOST_ROWS_OF_NARROW)
+
+
+def _is_laid_out(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels here can walk along both."""
+    if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
+        return False
+    outputs, inputs = weight.shape
+    return weight.dtype.itemsize == 1 or (inputs % 256 == 0 and outputs >= _FEWEST_OUTPUTS)
 
 
 def _multiply(
@@ -218,6 +254,24 @@ def _multiply(
         padded, tile.outputs, tile.inputs,
         scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
         x.device.type == "cpu",
+        num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
+    )  # fmt: skip
+    return y
+
+
+def _gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `gated` of more rows than `_few_rows` is for; swept on an H200."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // 2
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    padded = max(64, triton.next_power_of_2(rows))
+    tile = Tiling(128, 64, 4, 8)
+    room = _shared_memory(x.device) // (
+        tile.inputs * (2 * tile.outputs + padded) * x.dtype.itemsize
+    )
+    _gated_rows[(triton.cdiv(outputs, tile.outputs),)](
+        x, weight, y, rows, outputs, inputs, x.stride(0), weight.stride(0), y.stride(0),
+        padded, tile.outputs, tile.inputs,
         num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
     )  # fmt: skip
     return y

@@ -9,7 +9,13 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from server.engine.eight_bits import KINDS, EightBits, Kind, eight_bits
-from server.engine.linear import _MOST_ROWS_OF_EIGHT_BITS, _multiply, gated, linear
+from server.engine.linear import (
+    _MOST_ROWS_OF_EIGHT_BITS,
+    _gated_of_some_rows,
+    _multiply,
+    gated,
+    linear,
+)
 from server.engine.many_rows import expanded, in_float8, scaled_linear
 from server.engine.packing import in_order, interleave
 
@@ -48,8 +54,15 @@ def test_a_gated_product(rows: int, outputs: int, inputs: int) -> None:
     assert error(gated(x, weight), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(65, 100, 192), (33, 256, 64)])
+def test_a_gated_product_of_some_rows(rows: int, outputs: int, inputs: int) -> None:
+    x, weight = random(rows, inputs), random(2 * outputs, inputs)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    assert error(_gated_of_some_rows(x, weight), functional.silu(gate) * up) < TOLERANCE
+
+
 @pytest.mark.skipif(not ON_GPU, reason="narrow and wide rows take different ways on a GPU only")
-@pytest.mark.parametrize("rows", [1, 16, 33, 64, 65, 300])
+@pytest.mark.parametrize("rows", [1, 16, 33, 64, 65, 128, 129, 300])
 def test_every_number_of_rows(rows: int) -> None:
     x, weight, added = random(rows, 4096) / 64, random(6144, 4096), random(rows, 6144)
     product = x.double() @ weight.double().T

@@ -10,11 +10,11 @@ from __future__ import annotations
 from itertools import count
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 
 from pruning.attention import AttentionForm
 from server.engine.attention import AttentionBackend
+from server.engine.operators import operator
 
 _backends: WeakValueDictionary[int, AttentionBackend] = WeakValueDictionary()
 _handles = count()
@@ -31,14 +31,18 @@ class OperatorAttend:
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        out: Tensor = _attend(
+        return attend(
             query, key, value, self._handle, layer, form.scaling, form.sliding_window, form.softcap
         )
-        return out
 
 
-@torch.library.custom_op("attndrop::attend", mutates_args=())
-def _attend(
+def _shape(query: Tensor, *others: object) -> Tensor:
+    _, heads, rows, dim = query.shape
+    return query.new_empty(1, rows, heads, dim)
+
+
+@operator(_shape)
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -50,9 +54,3 @@ def _attend(
 ) -> Tensor:
     form = AttentionForm(scaling, sliding_window, softcap)
     return _backends[handle](layer, query, key, value, form)
-
-
-@_attend.register_fake
-def _shape(query: Tensor, *others: object) -> Tensor:
-    _, heads, rows, dim = query.shape
-    return query.new_empty(1, rows, heads, dim)

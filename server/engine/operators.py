@@ -1,0 +1,32 @@
+"""Functions as operators, which a compiler leaves as they are.
+
+`torch.library.custom_op` checks at each call that nothing is aliased, which for the products of a
+step that is launched kernel by kernel took the host half of its time (docs/performance.md).
+Registered by the library itself, a function is called and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, cast
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("attndrop", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+P = ParamSpec("P")
+
+
+def operator(shape: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Turn a function into the operator of its name. It must change none of its arguments and
+    return a tensor of its own; `shape` returns one that is like it, for a compiler."""
+
+    def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        name = function.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"attndrop::{name}", shape, lib=_LIBRARY)
+        return cast("Callable[P, Tensor]", getattr(torch.ops.attndrop, name).default)
+
+    return register
