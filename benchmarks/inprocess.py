@@ -10,6 +10,7 @@ events, so the differences between consecutive tokens of one request are step ti
 
 from __future__ import annotations
 
+import gc
 import platform
 import random
 import statistics
@@ -36,6 +37,7 @@ from server.engine.engine import Engine
 from server.engine.request import Ended, Event, FinishReason, Request, SamplingParams, TokenEvent
 from server.engine.scheduler import Limits
 from server.engine.stats import EngineStats
+from server.lifecycle import keep_what_is_there
 
 COMPILED = cache_folder() / "compiled"
 """Where a server keeps compiled layers."""
@@ -204,11 +206,13 @@ def running(base: BaseModel, variants: Variants, config: EngineConfig) -> Iterat
     seconds = time.monotonic() - before
     for compiler in (thread for thread in threading.enumerate() if thread.name == COMPILER):
         compiler.join()
+    keep_what_is_there()  # as a server does
     engine.start()
     try:
         yield Running(engine, base.model.config.vocab_size, limits, seconds)
     finally:
         engine.stop()
+        gc.unfreeze()  # another engine may come, which needs this one's memory
 
 
 def decode(running: Running, mix: Mix, context: int, steps: int) -> Decoded:

@@ -8,6 +8,7 @@ the engine dies   its requests are told, /health says 503 for a moment, exit 1
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import time
@@ -57,6 +58,16 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def keep_what_is_there() -> None:
+    """Take all objects there are out of the garbage collector's sight.
+
+    What start-up made lives as long as the process. To look through it took the collector 0.23 s
+    (450,000 objects, by hand), in which every stream stood still, and a GPU as well.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 class Server(uvicorn.Server):
     """uvicorn with draining, and an exit status that tells how it went."""
 
@@ -89,6 +100,7 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop. Afterwards `exit_status` says how it went."""
+        keep_what_is_there()
         self._worker.start()
         super().run(sockets)
         self._worker.stop()

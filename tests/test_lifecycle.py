@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from server import __version__
 from server.cli import app
+from server.lifecycle import keep_what_is_there
 from tests.live import LiveServer
 
 
@@ -31,6 +33,16 @@ def test_a_dead_engine_is_told_to_clients_and_orchestrators_and_ends_the_process
         assert "broken on purpose" in answer.json()["error"]["message"]
         assert client.get("/health").status_code == 503
     assert process.wait(30) == 1
+
+
+def test_the_collector_looks_no_more_at_what_start_up_made() -> None:
+    held = len(gc.get_objects())
+    keep_what_is_there()
+    try:
+        assert gc.get_freeze_count() > held / 2
+        assert len(gc.get_objects()) < held / 2
+    finally:
+        gc.unfreeze()
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_a_failure(live: LiveServer) -> None:
