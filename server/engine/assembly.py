@@ -173,7 +173,7 @@ def _runner(
     from server.engine.attention.operator import OperatorAttend
     from server.engine.attention.paged import PagedBackend
     from server.engine.compiling import compile_layers
-    from server.engine.graphs import CHUNK_SIZES, StepGraphs
+    from server.engine.graphs import StepGraphs, chunk_sizes_for
 
     backend = PagedBackend(pool, layout, variants, kv_heads)
     if config.enforce_eager:
@@ -191,7 +191,7 @@ def _runner(
         vocabulary=int(base.model.config.get_text_config().vocab_size),
         context=context,
         # Interpreted kernels take long over padding, and launches are not what they wait for.
-        chunk_sizes=CHUNK_SIZES if pool.device.type == "cuda" else (),
+        chunk_sizes=chunk_sizes_for(limits.tokens_per_step) if pool.device.type == "cuda" else (),
     )
     graphs.warm_up(min(limits.running, WARM_ROWS))
     return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)

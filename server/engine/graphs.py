@@ -39,15 +39,23 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 MIXED_SIZES = (4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 """Those of each variant where several are in a step: fewer, since their combinations count. Rows of
 padding cost little beside the weights."""
-CHUNK_SIZES = (64, 256, 512)
-"""Those of each variant where there are prompt chunks, one row of padding included. Beyond the last
-the rows take a device longer than the launches take the host."""
+CHUNK_SIZES = (64, 256, 512, 768, 1024, 1536, 2048)
+"""Those of one variant alone where there are prompt chunks: whole prompts of usual lengths, and not
+much padding. Steps beyond the last take a device longer than the launches take the host."""
+MIXED_CHUNK_SIZES = (64, 256, 512)
+"""Those of each variant where several are in such a step."""
 MOST_GRAPHS = 256
 """Graphs kept; a combination of rows beyond them is run kernel by kernel."""
 
 TABLE_ENTRIES = 1 << 22
 """Page ids that a step's block tables may hold together, a shared page once for each of its users:
 16 MiB on the device."""
+
+
+def chunk_sizes_for(tokens_per_step: int) -> tuple[int, ...]:
+    """Return the sizes that steps of so many tokens need."""
+    needed = sum(size < tokens_per_step for size in CHUNK_SIZES) + 1
+    return CHUNK_SIZES[:needed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class StepGraphs:
         chunk_sizes: Sequence[int] = CHUNK_SIZES,
     ) -> None:
         """`attend` is what the model is given, over `backend`; most_rows is how many requests may
-        run, chunk_sizes the rows of each variant that steps with chunks are recorded for."""
+        run, chunk_sizes the rows of one variant that steps with chunks are recorded for."""
         self._model = model
         self._attend = attend
         self._backend = backend
@@ -90,7 +98,7 @@ class StepGraphs:
         self.logits = torch.zeros(places, vocabulary, dtype=weight.dtype, device=device)
         largest = [
             Recording((self._largest,) * len(variants), chunks=False),
-            Recording((CHUNK_SIZES[-1],) * len(variants), chunks=True),
+            Recording((max(CHUNK_SIZES),) * len(variants), chunks=True),
         ]
         size = max(self._layout(recording).size for recording in largest) + TABLE_ENTRIES
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
@@ -111,7 +119,7 @@ class StepGraphs:
             Recording(shape, chunks)
             for alone, together, chunks in (
                 (decode, mixed, False),
-                (self.chunk_sizes, self.chunk_sizes, True),
+                (self.chunk_sizes, self._mixed_chunk_sizes, True),
             )
             for shape in _usual_shapes(self._variants, alone, together)
         ]
@@ -137,16 +145,21 @@ class StepGraphs:
         """Return what a batch can be computed by, None if it has to run kernel by kernel."""
         if batch.scored or sum(len(group.pages) for group in batch.groups) > TABLE_ENTRIES:
             return None
+        is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
         if len(batch.token_ids) > len(batch.sequences):
-            shape = _padded([n and n + 1 for n in rows_by_variant(batch)], self.chunk_sizes)
+            sizes = self._mixed_chunk_sizes if is_mixed else self.chunk_sizes
+            shape = _padded(rows_by_variant(batch), sizes)
             if shape is None or not Chunks.holds(batch, self._largest):
                 return None
             return Recording(shape, chunks=True)
         if max(batch.variant_sequences) > self._largest:
             return None
-        is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
         shape = _padded(batch.variant_sequences, MIXED_SIZES if is_mixed else SIZES)
         return None if shape is None else Recording(shape, chunks=False)
+
+    @property
+    def _mixed_chunk_sizes(self) -> list[int]:
+        return [size for size in self.chunk_sizes if size <= MIXED_CHUNK_SIZES[-1]]
 
     def _layout(self, recording: Recording) -> Layout:
         if recording.chunks:

@@ -191,15 +191,15 @@ class SingleRows(_Common):
 class Chunks(_Common):
     """Inputs of a step of prompt chunks and single rows.
 
-    Every variant has at least one row of padding, and a place for as many sequences as rows, up to
-    a limit, and one more, which is empty::
+    Every variant has a place for as many sequences as rows, up to a limit, and one more, which is
+    empty::
 
         rows        [ a a a a b c c - - - | d d e - ]     padded to (10, 4); b and e are single rows
         sequences   [ a b c . . . . . . . . | d e . . . ]
         starts        0 4 5 7 ...             10 12 13 ...
 
     Sequences of one row and of more are listed apart for attention, each list padded: the first
-    with sequences of length 0, whose zeros go to a row of padding, the second with an empty one.
+    with sequences that have no row (-1), the second with an empty one.
     """
 
     _LOGIT_ROWS, _LENGTHS, _STARTS = 3, 4, 5
@@ -233,11 +233,10 @@ class Chunks(_Common):
 
     def padding(self) -> Filled:
         filled = self._blank()
-        for index, first in enumerate(self._of_group):
+        for first in self._of_group:
             self._vectors.of(filled, first + self._SLOTS)[:] = -1
             self._vectors.of(filled, first + self._CHUNKS)[:] = self._first_sequences[-1] - 1
-            if rows := self._group_rows[index]:  # the last one is padding: every variant has some
-                self._vectors.of(filled, first + self._SINGLE_ROWS)[:] = rows - 1
+            self._vectors.of(filled, first + self._SINGLE_ROWS)[:] = -1
         return filled
 
     def fill(self, batch: Batch, sources: Ints) -> Filled:

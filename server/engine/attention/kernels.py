@@ -97,6 +97,8 @@ def _decode(
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence)
+    if row < 0:
+        return
     table = pages + tl.load(table_starts + sequence)
     first = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
@@ -172,6 +174,8 @@ def _reduce(
     """One program: the splits of one sequence and head, weighted by their share of the softmax."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + sequence)
+    if row < 0:
+        return
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, DIM_PADDED)
     slot = (sequence * HEADS + head) * SPLITS + split
@@ -372,8 +376,8 @@ def decode(
 
     query and out are [rows, heads, dim], key and value [rows, kv_heads, dim]; pages holds the
     block tables, that of each sequence from table_starts [sequences] on; rows and lengths are
-    [sequences], slots [rows]; all int32. A sequence of length 0, padding, attends nothing. softcap
-    0 means none.
+    [sequences], slots [rows]; all int32. A sequence of length 0 attends nothing, and one of row -1
+    is left out: both are padding. softcap 0 means none.
     """
     sequences, heads, dim = len(rows), query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
