@@ -1,12 +1,19 @@
-"""What HTTP costs: one engine, the same load given to it in this process and over HTTP as streams.
+"""What HTTP costs: one engine, the same load given to it in this process and over HTTP, as streams.
 
     python -m benchmarks.overhead --streams 32 --repeats 3
 
 One process holds the engine and the server, as `attndrop serve` does; the clients are a process of
-their own. Runs of both kinds alternate. Beside the speeds stands the processor time of a generated
-token: on a machine with as many cores as the engine has threads, the clients' work slows down the
-engine, and that is not the server's cost. Tokens a step say how well the requests ran together, the
-device's idle share whether it waited for the host between steps (on a GPU; a CPU's is not counted).
+their own. Three figures, since none says everything:
+
+whole runs    of both kinds, in pairs, each kind first in every other pair: arrivals and ends are
+              part of them, but two runs in a row may differ by more than HTTP costs
+neighbours    of steps within one run over HTTP, whose tokens are handed on or kept (gate.py): what
+              streams cost while nothing comes or goes
+all cores'    time that HTTP's thread and the clients take: on a machine with as many cores as the
+              engine has threads, any server would lose that much to them
+
+Tokens a step say how well the requests ran together, the device's idle share whether it waited for
+the host between steps (on a GPU; a CPU's is not counted).
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import threading
 import time
@@ -23,20 +31,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gate import Gate, GatedEngine, comparisons, median_between
 from benchmarks.inprocess import Running, machine, passing
 from benchmarks.inprocess import serve as serve_in_process
 from benchmarks.load import Load, no_kv_bytes, ours, run_load
 from pruning.cli import progress_bars
 from pruning.loading import EMBEDDED_MODEL
+from server.api.service import Service
 from server.config import Settings
 from server.engine.assembly import default_limits
+from server.engine.engine import Engine
 from server.engine.stats import EngineStats
 from server.lifecycle import Server, Worker, bind
 from server.startup import Started, start
@@ -63,21 +74,40 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Medians of both kinds."""
+    """Runs of both kinds in pairs, and steps of the same run."""
 
     streams: int
-    in_process: Run
-    over_http: Run
+    cores: int
+    pairs: tuple[tuple[Run, Run], ...]
+    """In process, over HTTP."""
+    longer_steps: tuple[float, ...]
+    """By what share steps take longer for their tokens' being handed on, once a comparison."""
 
     @property
-    def share(self) -> float:
-        """Of the speed in process, what is lost over HTTP."""
-        return 1 - self.over_http.tokens_per_second / self.in_process.tokens_per_second
+    def in_process(self) -> Run:
+        return _median([inside for inside, _ in self.pairs])
+
+    @property
+    def over_http(self) -> Run:
+        return _median([over for _, over in self.pairs])
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the speed in process, what is lost over HTTP, from the least to the most."""
+        return sorted(
+            1 - over.tokens_per_second / inside.tokens_per_second for inside, over in self.pairs
+        )
 
     @property
     def cpu_share(self) -> float:
         """Processor time of the thread that serves HTTP over what a token takes in process."""
         return self.over_http.http_cpu / self.in_process.process_cpu
+
+    @property
+    def cores_share(self) -> float:
+        """Of all cores' time, what HTTP's thread and the clients take."""
+        over = self.over_http
+        return (over.http_cpu + over.client_cpu) * over.tokens_per_second / self.cores
 
 
 def main(
@@ -88,17 +118,23 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="A run, for each one in flight.")] = 2,
     prompt_tokens: int = 64,
     output_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs, and runs of steps.")] = 3,
+    steady_tokens: Annotated[
+        int, typer.Option(min=2, help="Generated tokens of a request while steps are compared.")
+    ] = 256,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Measure what HTTP costs."""
     load = Load(requests * streams, streams, prompt_tokens, output_tokens)
+    steady = Load(streams, streams, prompt_tokens, steady_tokens)
     settings = Settings.model_validate({"model": model, "drop": drop, "prefix_caching": False})
     with client_process() as clients, _served(settings) as served:
-        found = _measure(served, clients, variant, load, repeats)
+        pairs = _pairs(served, clients, variant, load, repeats)
+        longer = _longer_steps(served, clients, variant, steady, repeats)
+    found = Overhead(streams, len(os.sched_getaffinity(0)), tuple(pairs), tuple(longer))
     _print(found, load, served.device)
     if output is not None:
-        shares = {"share": found.share, "cpu_share": found.cpu_share}
+        shares = {"cpu_share": found.cpu_share, "cores_share": found.cores_share}
         body = {"machine": machine(served.device), **asdict(found), **shares}
         output.write_text(json.dumps(body, indent=2) + "\n")
 
@@ -108,6 +144,7 @@ class _Served:
     """A running engine and the server in front of it."""
 
     running: Running
+    service: Service
     device: torch.device
     url: str
     http_seconds: Callable[[], float]
@@ -131,9 +168,8 @@ def _served(settings: Settings) -> Iterator[_Served]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary, limits = started.service.vocabulary_size, default_limits(device)
     with serving(started, started.engine) as (url, http_seconds):
-        yield _Served(
-            Running(started.engine, vocabulary, limits, seconds), device, url, http_seconds
-        )
+        running = Running(started.engine, vocabulary, limits, seconds)
+        yield _Served(running, started.service, device, url, http_seconds)
 
 
 @contextmanager
@@ -155,15 +191,35 @@ def serving(started: Started, worker: Worker) -> Iterator[tuple[str, Callable[[]
         thread.join()
 
 
-def _measure(
+def _pairs(
     served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load, repeats: int
-) -> Overhead:
-    """Alternate both kinds; the first run of each, a warm-up, is left out."""
-    inside, over = [], []
-    for _ in range(repeats + 1):
-        inside.append(_in_process(served.running, variant, load))
-        over.append(_over_http(served, clients, variant, load))
-    return Overhead(load.concurrency, _median(inside[1:]), _median(over[1:]))
+) -> list[tuple[Run, Run]]:
+    """Run both kinds in turns, each first in every other pair; the first pair, a warm-up, is left
+    out."""
+    pairs = []
+    for pair in range(repeats + 1):
+        if pair % 2:
+            over = _over_http(served, clients, variant, load)
+            inside = _in_process(served.running, variant, load)
+        else:
+            inside = _in_process(served.running, variant, load)
+            over = _over_http(served, clients, variant, load)
+        pairs.append((inside, over))
+    return pairs[1:]
+
+
+def _longer_steps(
+    served: _Served, clients: ProcessPoolExecutor, variant: str, load: Load, repeats: int
+) -> list[float]:
+    """Compare steps whose tokens are handed on with those whose are kept."""
+    found = []
+    for _ in range(repeats):
+        gate = Gate()
+        served.service.engine = cast("Engine", GatedEngine(served.running.engine, gate))
+        clients.submit(send_load, served.url, variant, load).result()
+        found += comparisons(gate.steps, load.concurrency)
+    served.service.engine = served.running.engine
+    return found
 
 
 def _in_process(running: Running, variant: str, load: Load) -> Run:
@@ -229,9 +285,31 @@ def _print(found: Overhead, load: Load, device: torch.device) -> None:
         idle = "-" if device.type == "cpu" else f"{run.idle_share:.1%}"
         steps = (f"{run.step_tokens:.1f}", idle)
         table.add_row(name, f"{run.tokens_per_second:.1f}", *cells, *steps)
-    mark = "" if found.share <= BAR else " !"
-    table.add_row("overhead", f"{found.share:.1%}{mark}", "", f"{found.cpu_share:.1%}", "")
-    Console(width=120).print(table)
+    share = statistics.median(found.shares)
+    overhead = f"{share:.1%}{_mark(share)}"
+    table.add_row("overhead", overhead, "", f"{found.cpu_share:.1%}", "")
+    console = Console(width=120)
+    console.print(table)
+    console.print(
+        f"pairs of whole runs: {found.shares[0]:.1%} to {found.shares[-1]:.1%}\n"
+        f"{_steps(found.longer_steps)}\n"
+        f"HTTP's thread and the clients take {found.cores_share:.1%} of {found.cores} cores' time"
+    )
+
+
+def _steps(longer: Sequence[float]) -> str:
+    """Say what comparisons of steps show."""
+    if not longer:
+        return "no steps could be compared: --steady-tokens ends before all streams have begun"
+    share, (low, high) = statistics.median(longer), median_between(longer)
+    return (
+        f"a step takes {share:.1%}{_mark(share)} longer where tokens are handed on "
+        f"({low:.1%} to {high:.1%}, {len(longer)} comparisons)"
+    )
+
+
+def _mark(share: float) -> str:
+    return "" if share <= BAR else " !"
 
 
 if __name__ == "__main__":
