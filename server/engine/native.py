@@ -230,7 +230,7 @@ class NativeFunctions:
     ) -> Tensor:
         """Write key and value [1, kv_heads, rows, head_dim] into their slots and attend with query
         [1, heads, rows, head_dim], one row of each sequence, all in bfloat16; return
-        [1, rows, heads, head_dim]."""
+        [1, rows, heads, head_dim]. By `attend_chunks` where that takes such heads: it is faster."""
         if self.attends_chunks(form, query.shape[-1]):
             return self.attend_chunks(query, key, value, form, pages, tables)
         scores = (form.scaling, form.softcap or 0.0, form.sliding_window or 0)
