@@ -33,9 +33,11 @@ _LEVELS = 15
 _OUTPUTS = 16
 """torch packs outputs in multiples of this."""
 FEW_ROWS = 12
-"""Measured with SmolLM2-135M: 20 ms for all weights at 12 rows, 22 in bfloat16; 6 at one row."""
+"""By torch's kernel. Measured with SmolLM2-135M: 20 ms for all weights at 12 rows, 22 in bfloat16;
+6 at one row."""
 _FEW_HEAD_ROWS = 6
-"""Measured with 49,152 outputs: 0.9 ms in eight bits at one row, 2.9 in bfloat16; 3.8, 2.9 at 8."""
+"""By torch's kernel. Measured with 49,152 outputs: 0.9 ms in eight bits at one row, 2.9 in
+bfloat16; 3.8, 2.9 at 8."""
 _EXACT = 1e-6
 
 
@@ -90,10 +92,11 @@ class FourBitLinear(nn.Module):
             None if bias is None else bias.bfloat16(),
         )
         self._product: QuantisedProduct = four_bit_product
+        self._few_rows = 0
 
-    def compute_by(self, product: QuantisedProduct) -> None:
-        """Let another function compute products of few rows."""
-        self._product = product
+    def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
+        """Let another function compute products of few rows, of up to `rows` at least."""
+        self._product, self._few_rows = product, rows
 
     @property
     def step_bytes(self) -> int:
@@ -123,7 +126,7 @@ class FourBitLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         packed = self._packed
         rows = inputs.reshape(-1, self.in_features)
-        if rows.shape[0] > FEW_ROWS:
+        if rows.shape[0] > max(self._few_rows, FEW_ROWS):
             return functional.linear(inputs, packed.bfloat16, packed.bias)
         out = self._product(rows, packed.four_bits, packed.scales_and_zeros)
         out = out.reshape(*inputs.shape[:-1], self.out_features)
@@ -139,19 +142,21 @@ class EightBitHead(nn.Module):
         self.bias = head.bias
         self._eight_bits = _eight_bits(head.weight)
         self._product: QuantisedProduct = eight_bit_product
+        self._few_rows = 0
 
     @property
     def step_bytes(self) -> int:
         """Bytes that a product of few rows reads."""
         return sum(tensor.nbytes for tensor in self._eight_bits)
 
-    def compute_by(self, product: QuantisedProduct) -> None:
-        """Let another function compute products of few rows."""
-        self._product = product
+    def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
+        """Let another function compute products of few rows, of up to `rows` at least."""
+        self._product, self._few_rows = product, rows
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        if not 0 < rows.shape[0] <= _FEW_HEAD_ROWS or self.bias is not None:
+        few = max(self._few_rows, _FEW_HEAD_ROWS)
+        if not 0 < rows.shape[0] <= few or self.bias is not None:
             return functional.linear(inputs, self.weight, self.bias)
         out = self._product(rows, *self._eight_bits)
         return out.reshape(*inputs.shape[:-1], out.shape[-1])

@@ -10,7 +10,7 @@ layer is cut where attention is computed, which stays as it is::
 Each function is the family's own code, traced: `before` ends where that code asks for attention,
 `after` is given the answer, and what does not matter for a result is left out by the compiler.
 Weights are inputs: one function serves all layers of a form, and no weight exists twice. More rows
-than MOST_ROWS run the family's code itself.
+than products run on four bits for (`most_rows`) run the family's code itself.
 
 Functions are kept on disk for the next start. The first start compiles them on a thread while it
 serves, which needs a C++ compiler; without one, layers stay as they are.
@@ -41,9 +41,10 @@ from transformers import PreTrainedModel
 
 from pruning import quantised, sublayers
 from pruning.attention import Attend, AttentionForm
-from pruning.quantised import FEW_ROWS, four_bit_layers, runs_here
+from pruning.quantised import FEW_ROWS, FourBitLinear, four_bit_layers, runs_here
 from pruning.sublayers import WrappedLayer, watching_layers
 from server.engine.native import (
+    FOUR_BIT_MOST_ROWS,
     FOUR_BIT_OUTPUTS,
     FOUR_BIT_ROWS,
     NativeFunctions,
@@ -56,8 +57,6 @@ logger = logging.getLogger(__name__)
 COMPILER = "compile"
 """The name of the thread that compiles in the background."""
 
-MOST_ROWS = FEW_ROWS
-"""Rows up to which products run on four bits, and so the functions hold."""
 _EXAMPLE_ROWS = 3
 _CPU = torch.device("cpu")
 _PLACES = frozenset({"index", "layer_idx", "substitute"})
@@ -113,7 +112,7 @@ class CompiledLayers:
         """
         started = time.monotonic()
         for form, missing in list(self._missing.items()):
-            if not _compile_form(missing.traced, self._folder / form, self._threads):
+            if not _compile_form(missing, self._folder / form, self._threads):
                 return
             self._install(form, missing.examples)
             del self._missing[form]
@@ -132,7 +131,7 @@ class CompiledLayers:
         folder = self._folder / form
         functions = _Functions(*(_load(folder / f"{name}.pt2") for name in _Functions.names()))
         for example in examples:
-            _install(example, functions)
+            _install(example, functions, most_rows(example.layer, self.native))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +147,15 @@ class _Functions:
         return tuple(field.name for field in fields(cls))
 
 
-def _install(example: _Example, functions: _Functions) -> None:
-    """Let a layer compute by its form's functions where they hold."""
+def _install(example: _Example, functions: _Functions, most: int) -> None:
+    """Let a layer compute up to `most` rows by its form's functions."""
     layer = example.layer
     weights = _Weights(layer).tensors()
     eager_attention, eager_mlp = layer.computed()
     form = _reach(layer, example.hidden, example.embeddings).form
 
     def attention(hidden: Tensor, embeddings: Embeddings, attend: Attend, index: int) -> Tensor:
-        if hidden.shape[1] > MOST_ROWS:
+        if hidden.shape[1] > most:
             return eager_attention(hidden, embeddings, attend, index)
         given = [hidden, *embeddings]
         query, key, value = functions.before([*given, *weights])
@@ -164,7 +163,7 @@ def _install(example: _Example, functions: _Functions) -> None:
         return functions.after([*given, attended, *weights])[0]
 
     def mlp(hidden: Tensor) -> Tensor:
-        if hidden.shape[1] > MOST_ROWS:
+        if hidden.shape[1] > most:
             return eager_mlp(hidden)
         return functions.mlp([hidden, *weights])[0]
 
@@ -190,15 +189,30 @@ class _Missing:
 
     examples: Sequence[_Example]
     traced: _Example
+    most_rows: int
 
     @classmethod
     def of(cls, examples: Sequence[_Example], native: NativeFunctions | None) -> _Missing:
         layer = copy.deepcopy(examples[0].layer)
-        if native is not None and native.has_four_bits:
-            for linear in four_bit_layers(layer):
-                if linear.out_features % FOUR_BIT_OUTPUTS == 0:
-                    linear.compute_by(four_bit_rows)
-        return cls(examples, replace(examples[0], layer=layer))
+        most = most_rows(layer, native)
+        for linear in four_bit_layers(layer):
+            if _is_native(linear, native):
+                linear.compute_by(four_bit_rows, most)
+        return cls(examples, replace(examples[0], layer=layer), most)
+
+
+def most_rows(layer: WrappedLayer, native: NativeFunctions | None) -> int:
+    """Return the rows up to which products of a compiled layer run on four bits, and so its
+    functions hold."""
+    if all(_is_native(linear, native) for linear in four_bit_layers(layer)):
+        return FOUR_BIT_MOST_ROWS
+    return FEW_ROWS
+
+
+def _is_native(linear: FourBitLinear, native: NativeFunctions | None) -> bool:
+    """Whether native functions compute a product in a compiled layer."""
+    has_product = native is not None and native.has_four_bits
+    return has_product and linear.out_features % FOUR_BIT_OUTPUTS == 0
 
 
 def _examples(model: PreTrainedModel) -> list[_Example]:
@@ -316,9 +330,10 @@ class _Traced(nn.Module):
         return len(self._held.tensors())
 
 
-def _compile_form(example: _Example, folder: Path, threads: int) -> bool:
+def _compile_form(missing: _Missing, folder: Path, threads: int) -> bool:
     """Compile the functions of a form that its folder lacks; return False if the program ends
     meanwhile."""
+    example = missing.traced
     layer, hidden, embeddings = example.layer, example.hidden, example.embeddings
     held = _Weights(layer)
     attended = _reach(layer, hidden, embeddings).query.transpose(1, 2).contiguous()
@@ -332,15 +347,21 @@ def _compile_form(example: _Example, folder: Path, threads: int) -> bool:
         if not threading.main_thread().is_alive():
             return False
         if not path.exists():
-            _compile(_Traced(part, held), inputs, held.tensors(), path, threads)
+            traced = _Traced(part, held)
+            _compile(traced, inputs, held.tensors(), path, threads, missing.most_rows)
     return True
 
 
 def _compile(
-    traced: _Traced, inputs: list[Tensor], weights: list[Tensor], path: Path, threads: int
+    traced: nn.Module,
+    inputs: list[Tensor],
+    weights: list[Tensor],
+    path: Path,
+    threads: int,
+    most: int,
 ) -> None:
-    """Compile a function of any number of rows up to MOST_ROWS, and write it atomically."""
-    rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
+    """Compile a function of any number of rows up to `most`, and write it atomically."""
+    rows = torch.export.Dim("rows", min=1, max=most)
     shapes = [{1: rows}] * len(inputs) + [None] * len(weights)
     exported = torch.export.export(
         traced, (*inputs, *weights), dynamic_shapes=(tuple(shapes),), strict=False

@@ -213,7 +213,7 @@ def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
     if layers.native is not None:
         head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if isinstance(head, EightBitHead):
-            head.compute_by(layers.native.eight_bit_product)
+            head.compute_by(layers.native.eight_bit_product, layers.native.eight_bit_rows)
         use_native(base.sublayers, layers.native)
     return layers.native
 

@@ -37,10 +37,10 @@ _FLAGS = (
 _PATIENCE = 120.0
 """Seconds after which a compiler has failed."""
 
-_FEW_ROWS = 4
-"""Measured with 49,152 outputs of 576 inputs: 0.7 ms at one row, 2.0 at 4; torch's: 1.4 and 2.1."""
 _OUTPUTS = 4
 """Outputs of a product come in multiples of this."""
+_WIDEST = 1 << 16
+"""Inputs of a product whose sums fit into 32 bits."""
 
 _Address = ctypes.c_void_p
 _Count = ctypes.c_int64
@@ -172,6 +172,9 @@ def _shape(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 FOUR_BIT_OUTPUTS = 64
 """Outputs of such a product come in multiples of this."""
+FOUR_BIT_MOST_ROWS = 32
+"""Measured with SmolLM2-135M's layers on two cores of an EPYC: 22 ms for all weights at 32 rows, 37
+to 41 in bfloat16; 11 and 24 at 16."""
 _FOUR_BITS = "aoti_torch_cpu_four_bit_rows"
 FOUR_BIT_ROWS = f"""AOTITorchError {_FOUR_BITS}(
     AtenTensorHandle inputs, AtenTensorHandle packed, AtenTensorHandle scales, AtenTensorHandle* out
@@ -207,6 +210,8 @@ class NativeFunctions:
                 *(_Count, ctypes.c_float, _Count),
                 *(ctypes.POINTER(_Pages), _Count, *(_Address,) * 5),
             )
+        self.eight_bit_rows = int(_Count.in_dll(loaded, "eight_bit_rows").value)
+        """Rows up to which products in eight bits are fast."""
         self._product = loaded.eight_bit_product
         self._product.restype = None
         self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
@@ -225,9 +230,15 @@ class NativeFunctions:
     ) -> Tensor:
         """Write key and value [1, kv_heads, rows, head_dim] into their slots and attend with query
         [1, heads, rows, head_dim], one row of each sequence, all in bfloat16; return
-        [1, rows, heads, head_dim]."""
+        [1, rows, heads, head_dim]. By `attend_chunks` where that takes such heads: it is faster."""
+        if self.attends_chunks(form, query.shape[-1]):
+            return self.attend_chunks(query, key, value, form, pages, tables)
         scores = (form.scaling, form.softcap or 0.0, form.sliding_window or 0)
         return _attended(self._attend, query, key, value, *scores, pages, *_sequences(tables))
+
+    def attends_chunks(self, form: AttentionForm, dim: int) -> bool:
+        """Whether `attend_chunks` takes heads of this form and dimension."""
+        return self.has_chunks and dim % CHUNK_DIM == 0 and form.softcap is None
 
     def attend_chunks(
         self,
@@ -239,7 +250,7 @@ class NativeFunctions:
         tables: StepTables,
     ) -> Tensor:
         """As `attend`, where a sequence may have several rows, each of which sees the tokens up to
-        its own. For `has_chunks`, forms without soft-capping, and multiples of CHUNK_DIM."""
+        its own, and `attends_chunks` says so."""
         scores = (form.scaling, form.sliding_window or 0)
         where = (*_sequences(tables), tables.starts)
         return _attended(self._attend_chunks, query, key, value, *scores, pages, *where)
@@ -249,7 +260,7 @@ class NativeFunctions:
         the levels in bfloat16, as [rows, outputs]; by torch's kernel where this one is no faster.
         Like that one, it needs widths in multiples of 16."""
         (rows, width), outputs = inputs.shape, len(levels)
-        if rows > _FEW_ROWS or outputs % _OUTPUTS:
+        if rows > self.eight_bit_rows or outputs % _OUTPUTS or width >= _WIDEST:
             return eight_bit_product(inputs, levels, scales)
         inputs = inputs.contiguous()
         out = inputs.new_empty(rows, outputs)
@@ -301,7 +312,7 @@ def native_functions(folder: Path) -> NativeFunctions | None:
     not run or cannot be compiled."""
     if not runs_here(torch.device("cpu")):
         return None
-    flags = [*_FLAGS, *(["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else [])]
+    flags = [*_FLAGS, *_optional_flags()]
     made_of = (_SOURCE.read_text(), flags, torch.__version__)
     path = folder / f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
     try:
@@ -311,6 +322,12 @@ def native_functions(folder: Path) -> NativeFunctions | None:
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("decoding runs without native functions, slower: %s", error)
         return None
+
+
+def _optional_flags() -> list[str]:
+    """Return those for instructions that not every processor with AVX-512 has."""
+    bfloat16 = ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+    return [*bfloat16, *(["-mavx512vnni"] if torch.cpu._is_vnni_supported() else [])]
 
 
 def _compile(path: Path, flags: Sequence[str]) -> None:

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from pruning.loading import BaseModel
-from pruning.quantised import EightBitSubstitute, quantise
+from pruning.quantised import FEW_ROWS, EightBitSubstitute, quantise
 from pruning.substitutes import LinearSubstitute
-from server.engine.ahead import MOST_ROWS, CompiledLayers
+from server.engine.ahead import CompiledLayers, most_rows
+from server.engine.native import FOUR_BIT_MOST_ROWS, FOUR_BIT_OUTPUTS
 from tests.engine.tiny_engine import LAYERS, wrapped
 from tests.pruning.tiny_models import tiny_model
 
-STEPS: list[tuple[int, list[int]]] = [
-    (1, [1] * LAYERS),
-    (5, [5, 0, 5, 0]),
-    (MOST_ROWS, [MOST_ROWS, 2, MOST_ROWS, 0]),
-    (MOST_ROWS + 1, [MOST_ROWS + 1] * LAYERS),
-]
+WIDTHS = [32, FOUR_BIT_OUTPUTS]
+"""Of models without and with native products."""
 
 
-def four_bit_base() -> BaseModel:
-    base = wrapped(tiny_model("qwen2", layers=LAYERS))
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A folder of compiled functions."""
+
+    folder: Path
+    width: int
+    """Of the model that they were made for."""
+    most: int
+    """Rows up to which they hold."""
+
+    @property
+    def steps(self) -> list[tuple[int, list[int]]]:
+        """Rows, and those that attend in each layer."""
+        return [
+            (1, [1] * LAYERS),
+            (5, [5, 0, 5, 0]),
+            (self.most, [self.most, 2, self.most, 0]),
+            (self.most + 1, [self.most + 1] * LAYERS),
+        ]
+
+
+def four_bit_base(width: int = WIDTHS[0]) -> BaseModel:
+    base = wrapped(tiny_model("qwen2", layers=LAYERS, width=width))
     quantise(base.model)
     return base
 
@@ -39,42 +58,45 @@ def logits(base: BaseModel, rows: int, attending: Sequence[int]) -> torch.Tensor
     return output.logits.double()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of compiled functions, made once: compiling takes half a minute."""
-    folder = tmp_path_factory.mktemp("compiled")
-    layers = CompiledLayers(four_bit_base().model, folder)
+@pytest.fixture(scope="module", params=WIDTHS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Functions, made once: compiling takes half a minute."""
+    folder, base = tmp_path_factory.mktemp("compiled"), four_bit_base(request.param)
+    layers = CompiledLayers(base.model, folder)
     assert layers.missing == 1, "all layers of the model have one form"
     layers.compile_missing()
     assert layers.missing == 0
-    return folder
+    most = most_rows(base.model.get_decoder().layers[0], layers.native)  # type: ignore[no-untyped-call]
+    has_products = layers.native is not None and layers.native.has_four_bits
+    assert most == (FOUR_BIT_MOST_ROWS if has_products and request.param > 32 else FEW_ROWS)
+    return Compiled(folder, request.param, most)
 
 
-def test_compiled_layers_are_as_exact_as_uncompiled_ones(folder: Path) -> None:
-    eager, compiled = four_bit_base(), four_bit_base()
-    assert CompiledLayers(compiled.model, folder).missing == 0
-    exact = wrapped(tiny_model("qwen2", layers=LAYERS))
-    for rows, attending in STEPS:
-        plain, got = logits(eager, rows, attending), logits(compiled, rows, attending)
+def test_compiled_layers_are_as_exact_as_uncompiled_ones(compiled: Compiled) -> None:
+    eager, by_functions = four_bit_base(compiled.width), four_bit_base(compiled.width)
+    assert CompiledLayers(by_functions.model, compiled.folder).missing == 0
+    exact = wrapped(tiny_model("qwen2", layers=LAYERS, width=compiled.width))
+    for rows, attending in compiled.steps:
+        plain, got = logits(eager, rows, attending), logits(by_functions, rows, attending)
         expected = logits(exact, rows, attending)
         assert (got - expected).norm() < 1.1 * (plain - expected).norm()
         assert (got - plain).norm() < 0.05 * plain.norm(), "beyond what bfloat16 rounds"
-        assert (rows > MOST_ROWS) == torch.equal(got, plain), "more rows run uncompiled"
+        assert (rows > compiled.most) == torch.equal(got, plain), "more rows run uncompiled"
 
 
-def test_other_numbers_in_a_layer_are_another_form(folder: Path) -> None:
-    base = four_bit_base()
+def test_other_numbers_in_a_layer_are_another_form(compiled: Compiled) -> None:
+    base = four_bit_base(compiled.width)
     base.model.get_decoder().layers[1].mlp.norm.variance_epsilon = 0.5  # type: ignore[no-untyped-call]
-    assert CompiledLayers(base.model, folder).missing == 1
+    assert CompiledLayers(base.model, compiled.folder).missing == 1
 
 
-def test_a_substitute_is_no_other_form(folder: Path) -> None:
-    base = four_bit_base()
+def test_a_substitute_is_no_other_form(compiled: Compiled) -> None:
+    base = four_bit_base(compiled.width)
     width = int(base.model.config.hidden_size)
     substitute = LinearSubstitute(torch.eye(width), torch.ones(width)).bfloat16()
     base.sublayers[1].substitute = substitute
     base.sublayers[2].substitute = EightBitSubstitute(substitute)
-    assert CompiledLayers(base.model, folder).missing == 0
+    assert CompiledLayers(base.model, compiled.folder).missing == 0
 
 
 def test_without_a_compiler_layers_stay_as_they_are(
@@ -87,5 +109,5 @@ def test_without_a_compiler_layers_stay_as_they_are(
         layers.compile_in_background().join()
     assert layers.missing == 1
     assert "layers run uncompiled" in caplog.text
-    for rows, attending in STEPS:
+    for rows, attending in Compiled(tmp_path, WIDTHS[0], FEW_ROWS).steps:
         assert torch.equal(logits(base, rows, attending), logits(four_bit_base(), rows, attending))

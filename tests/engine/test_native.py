@@ -20,12 +20,17 @@ from pruning.quantised import (
     quantise_substitutes,
     runs_here,
 )
-from server.engine.ahead import MOST_ROWS, _compile, _load
+from server.engine.ahead import _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
-from server.engine.native import NativeFunctions, four_bit_rows, native_functions
+from server.engine.native import (
+    FOUR_BIT_MOST_ROWS,
+    NativeFunctions,
+    four_bit_rows,
+    native_functions,
+)
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
 from server.engine.scheduler import Limits, Scheduled, Scheduler
@@ -55,9 +60,16 @@ IN_CHUNKS = {"plain", "no groups", "odd heads, window"}
 HIDDEN = 48
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
-    functions = native_functions(tmp_path_factory.mktemp("native"))
+@pytest.fixture(scope="module", params=["this processor", "AVX-512 alone"])
+def native(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> NativeFunctions:
+    """The functions as this processor has them, and as one has them that multiplies neither
+    bfloat16 numbers nor bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "AVX-512 alone":
+            patch.setattr("server.engine.native._optional_flags", list)
+        functions = native_functions(tmp_path_factory.mktemp("native"))
     assert functions is not None
     return functions
 
@@ -168,8 +180,8 @@ def test_chunks_of_other_forms_are_the_references(native: NativeFunctions, form:
                 assert torch.equal(both.native(layer, q, k, v, shape), expected)
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, 5])
-@pytest.mark.parametrize("shape", [(64, 96), (40, 64), (18, 64)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 16, 17])
+@pytest.mark.parametrize("shape", [(64, 96), (40, 64), (36, 208), (18, 64)])
 def test_products_in_eight_bits_are_those_of_float64(
     native: NativeFunctions, count: int, shape: tuple[int, int]
 ) -> None:
@@ -203,12 +215,13 @@ def test_products_in_four_bits_are_those_of_float64(
     levels = bits.levels.double().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
     weight = ((levels - 8) * scales[..., None] + zeros[..., None]).flatten(1)
     path = tmp_path / "product.pt2"
-    _compile(FourBitProduct(), [torch.randn(1, 3, width).bfloat16()], step_tensors, path, 2)
+    inputs = [torch.randn(1, 3, width).bfloat16()]
+    _compile(FourBitProduct(), inputs, step_tensors, path, 2, FOUR_BIT_MOST_ROWS)
     function = _load(path)
-    for count in range(1, MOST_ROWS + 1):
-        inputs = torch.randn(1, count, width).bfloat16()
-        got = function([inputs, *step_tensors])[0].double()
-        expected = inputs.double() @ weight.T
+    for count in range(1, FOUR_BIT_MOST_ROWS + 1):
+        rows = torch.randn(1, count, width).bfloat16()
+        got = function([rows, *step_tensors])[0].double()
+        expected = rows.double() @ weight.T
         torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-4)
 
 

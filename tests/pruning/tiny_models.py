@@ -31,14 +31,16 @@ EXTRAS = {
 }
 
 
-def tiny_model(family: str = "llama", *, layers: int = 4, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", *, layers: int = 4, seed: int = 0, width: int = 32
+) -> PreTrainedModel:
     """Return an unwrapped random model, the same for the same arguments."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
         vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
