@@ -104,6 +104,7 @@ class Server(uvicorn.Server):
         self._worker.start()
         super().run(sockets)
         self._worker.stop()
+        gc.unfreeze()  # libraries complain of what is not collected at the end
         if not self.started:
             self.exit_status = 1
 
