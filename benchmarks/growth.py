@@ -32,13 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.growth_plot import Curve, Panel, growth_plot
-from benchmarks.inprocess import Running, TokenClock, machine, passing, running
+from benchmarks.inprocess import COMPILED, Running, TokenClock, machine, passing, running
 from benchmarks.load import metric, ours, send
 from benchmarks.server import running_server
-from pruning.loading import EMBEDDED_MODEL, BaseModel, cache_folder, load_base_model
+from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
 from pruning.quantised import is_on_grid, quantise, runs_here
 from pruning.variants import FULL, Variant, Variants
-from server.engine.ahead import CompiledLayers
 from server.engine.assembly import EngineConfig
 from server.engine.batch import build_batch
 from server.engine.engine import Engine
@@ -162,11 +161,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _loaded(model: str) -> BaseModel:
-    """Load a model as the server does: in four bits and compiled where that loses nothing."""
+    """Load a model as the server does: in four bits where that loses nothing."""
     base = load_base_model(model)
     if runs_here(base.device) and is_on_grid(base.model):
         quantise(base.model)
-        CompiledLayers(base.model, cache_folder() / "compiled").compile_missing()
     return base
 
 
@@ -175,12 +173,13 @@ def _engine(base: BaseModel, at_once: int, tokens: int, waiting: int) -> Iterato
     """Yield a started engine that runs so many requests of so many tokens at once."""
     variants = Variants(base.layers, [Variant(FULL, frozenset(range(base.layers)))])
     limits = Limits(tokens_per_step=at_once + 512, running=at_once, waiting=at_once + waiting)
-    config = base.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = base.model.config.get_text_config()
+    heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     a_token = 2 * base.layers * heads * size * base.model.dtype.itemsize
-    pages = EngineConfig(limits, int(1.1 * at_once * (tokens + 32) * a_token))
-    with running(base, variants, pages) as started:
+    pool = int(1.1 * at_once * (tokens + 32) * a_token)
+    config = EngineConfig(limits, kv_cache_bytes=pool, compiled=COMPILED)
+    with running(base, variants, config) as started:
         yield started
 
 

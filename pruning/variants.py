@@ -86,9 +86,8 @@ class Variants:
         self.chain_of = {name: i for i, chain in enumerate(self.chains) for name in chain}
         self.drop_mlps = any(variant.dropped_mlps for variant in self._ordered)
         self.groups = self._layer_groups()
-        self.group_of_layer = {
-            layer: index for index, group in enumerate(self.groups) for layer in group.layers
-        }
+        group_of = {layer: i for i, group in enumerate(self.groups) for layer in group.layers}
+        self.group_of_layer = tuple(group_of[layer] for layer in range(self.layers))
 
     def __iter__(self) -> Iterator[Variant]:
         return iter(self._ordered)

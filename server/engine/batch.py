@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,34 +100,60 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         by_variant[s.request.variant].append(s)
     sequences = tuple(chain.from_iterable(by_variant.values()))
     variant_sequences = tuple(map(len, by_variant.values()))
-    counts = np.array([s.count for s in sequences], dtype=np.int64)
-    starts = np.array([s.start for s in sequences], dtype=np.int64)
-    query_starts = np.concatenate([[0], np.cumsum(counts)])
-    owner = np.repeat(np.arange(len(sequences)), counts)
-    positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
+    rows = _Rows.of(sequences)
     groups = tuple(
-        _group_rows(index, sequences[:attending], layout, owner, positions)
+        _group_rows(index, sequences[:attending], layout, rows)
         for index, attending in enumerate(attending_by_group(variants, variant_sequences))
     )
-    last_rows = query_starts[1:] - 1
     sampled = tuple(i for i, s in enumerate(sequences) if s.samples)
-    score_rows, scored = _scored_rows(sequences, query_starts)
+    score_rows, scored = _scored_rows(sequences, rows.query_starts)
     return Batch(
         sequences=sequences,
         token_ids=np.array(_token_ids(sequences), dtype=np.int64),
-        sources=_sources(sequences, last_rows, len(owner)),
-        positions=positions,
-        query_starts=query_starts,
+        sources=_sources(sequences, rows),
+        positions=rows.positions,
+        query_starts=rows.query_starts,
         variant_sequences=variant_sequences,
-        lengths=starts + counts,
+        lengths=rows.lengths,
         attending_rows=by_layer(variants, [group.rows for group in groups]),
         mlp_rows=mlp_rows(variants, [sum(s.count for s in own) for own in by_variant.values()]),
         groups=groups,
-        logit_rows=np.concatenate([last_rows[list(sampled)], np.array(score_rows, np.int64)]),
+        logit_rows=_logit_rows(rows.last, sampled, score_rows),
         sampled=sampled,
         sampling=tuple(_sampling_rows(s.request for s in sequences if s.samples)),
         scored=scored,
     )
+
+
+class _Rows(NamedTuple):
+    """Which rows the sequences of a step have. numpy takes longer to be called than to compute so
+    little, so where every sequence has one row, as in decoding, less is asked of it."""
+
+    query_starts: Ints
+    owner: Ints | None
+    """[rows] the sequence of each; None: the one of its own number."""
+    positions: Ints
+    lengths: Ints
+    last: Ints
+    """[sequences] last row of each."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[Scheduled]) -> _Rows:
+        starts = np.array([s.start for s in sequences], dtype=np.int64)
+        if all(s.count == 1 for s in sequences):
+            query_starts = np.arange(len(sequences) + 1)
+            return cls(query_starts, None, starts, starts + 1, query_starts[:-1])
+        counts = np.array([s.count for s in sequences], dtype=np.int64)
+        query_starts = np.concatenate([[0], np.cumsum(counts)])
+        owner = np.repeat(np.arange(len(sequences)), counts)
+        positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
+        return cls(query_starts, owner, positions, starts + counts, query_starts[1:] - 1)
+
+
+def _logit_rows(last: Ints, sampled: Sequence[int], scored: Sequence[int]) -> Ints:
+    """Return the rows that sample, of the last ones of all sequences, and those that score."""
+    rows = last if len(sampled) == len(last) else last[list(sampled)]
+    return np.concatenate([rows, np.array(scored, np.int64)]) if scored else rows
 
 
 def _token_ids(sequences: Sequence[Scheduled]) -> list[int]:
@@ -140,15 +167,16 @@ def _token_ids(sequences: Sequence[Scheduled]) -> list[int]:
     return found
 
 
-def _sources(sequences: Sequence[Scheduled], last_rows: Ints, rows: int) -> Ints:
+def _sources(sequences: Sequence[Scheduled], rows: _Rows) -> Ints:
     """Return for each row the place of its token in the step in flight, or -1."""
-    pending = np.fromiter(
-        (-1 if (p := s.request.pending) is None or not s.samples else p for s in sequences),
+    pending = np.array(
+        [-1 if (p := s.request.pending) is None or not s.samples else p for s in sequences],
         dtype=np.int64,
-        count=len(sequences),
     )
-    sources = np.full(rows, -1, dtype=np.int64)
-    sources[last_rows] = pending
+    if rows.owner is None:
+        return pending
+    sources = np.full(len(rows.owner), -1, dtype=np.int64)
+    sources[rows.last] = pending
     return sources
 
 
@@ -182,24 +210,25 @@ def mlp_rows(variants: Variants, rows: Sequence[int]) -> tuple[int, ...] | None:
 
 def by_layer(variants: Variants, of_groups: Sequence[int]) -> tuple[int, ...]:
     """Return for each layer what is so for its layer group."""
-    return tuple(of_groups[variants.group_of_layer[layer]] for layer in range(variants.layers))
+    return tuple(map(of_groups.__getitem__, variants.group_of_layer))
 
 
 def _group_rows(
-    index: int,
-    attending: Sequence[Scheduled],
-    layout: PageLayout,
-    owner: Ints,
-    positions: Ints,
+    index: int, attending: Sequence[Scheduled], layout: PageLayout, rows: _Rows
 ) -> GroupRows:
     tables = [s.request.pages[index] for s in attending]
     pages = np.frombuffer(b"".join(tables), dtype=np.int32)
-    table_starts = np.cumsum([0, *map(len, tables)])
-    rows = int(np.searchsorted(owner, len(attending)))
+    table_starts = np.array([0, *accumulate(map(len, tables))], dtype=np.int64)
     tokens = layout.tokens_per_page[index]
-    places = positions[:rows]
-    page = pages[table_starts[owner[:rows]] + places // tokens].astype(np.int64)
-    return GroupRows(len(attending), rows, pages, table_starts, page * tokens + places % tokens)
+    if rows.owner is None:
+        ends = zip(tables, [s.start for s in attending], strict=True)
+        slots = [table[at // tokens] * tokens + at % tokens for table, at in ends]
+        return GroupRows(len(slots), len(slots), pages, table_starts, np.array(slots, np.int64))
+    count = int(rows.query_starts[len(attending)])
+    places = rows.positions[:count]
+    page = pages[table_starts[rows.owner[:count]] + places // tokens].astype(np.int64)
+    slots_of_rows = page * tokens + places % tokens
+    return GroupRows(len(attending), count, pages, table_starts, slots_of_rows)
 
 
 def _scored_rows(

@@ -272,7 +272,8 @@ class Engine:
         """Wait for a step, record what it computed and tell the requests that still listen."""
         batch, result = launched.batch, launched.result()
         now = time.monotonic()
-        self._commit_scores(batch, result)
+        if batch.scored:
+            self._commit_scores(batch, result)
         for place, index in enumerate(batch.sampled):
             scheduled = batch.sequences[index]
             request = scheduled.request
