@@ -35,8 +35,8 @@ from server.engine.packing import first_input, numbers
 
 _MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
 """Beyond these cuBLAS is as fast."""
-_MOST_ROWS_OF_GATED = 128
-"""Where silu(g) * u is part of the product."""
+_FEW_ROWS_OF_GATED, _MOST_ROWS_OF_GATED = 32, 128
+"""Where silu(g) * u is part of the product, by one kernel and the other."""
 _MOST_ROWS_OF_EIGHT_BITS = 128
 """Beyond these, what cuBLAS needs first (a wider weight, or rows in eight bits) is worth it."""
 _WIDE = 8192
@@ -198,12 +198,13 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     x is [rows, inputs], weight [2 * outputs, inputs], scale as in `linear`.
     """
+    some = scale is None and _FEW_ROWS_OF_GATED < x.shape[0] <= _MOST_ROWS_OF_GATED
+    if some and _is_laid_out(x, weight):
+        return _gated_of_some_rows(x, weight)
     if _suits(x, weight):
         return _multiply(x, weight, None, scale, gated=True)
     if scale is not None:
         return gate(many_rows.scaled_linear(x, weight, None, scale))
-    if x.shape[0] <= _MOST_ROWS_OF_GATED and _is_laid_out(x, weight):
-        return _gated_of_some_rows(x, weight)
     return gate(functional.linear(x, weight))
 
 
