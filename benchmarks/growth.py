@@ -32,11 +32,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.growth_plot import Curve, Panel, growth_plot
-from benchmarks.inprocess import COMPILED, Running, TokenClock, machine, passing, running
+from benchmarks.inprocess import (
+    COMPILED,
+    Running,
+    TokenClock,
+    machine,
+    passing,
+    running,
+    served_base,
+)
 from benchmarks.load import metric, ours, send
 from benchmarks.server import running_server
-from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.quantised import is_on_grid, quantise, runs_here
+from pruning.families import kv_shape
+from pruning.loading import EMBEDDED_MODEL, BaseModel
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
 from server.engine.batch import build_batch
@@ -137,7 +145,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures.")] = None,
 ) -> None:
     """Measure how cost grows."""
-    base = passing(lambda: _loaded(model))
+    base = passing(lambda: served_base(model))
     batches, contexts, queues = (_numbers(text) for text in (batch, context, queued))
     with _engine(base, _BATCH, _CONTEXT + 8 * steps, max(queues)) as started:
         # First of all, while there is no memory of earlier requests to be used again.
@@ -160,23 +168,13 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _loaded(model: str) -> BaseModel:
-    """Load a model as the server does: in four bits where that loses nothing."""
-    base = load_base_model(model)
-    if runs_here(base.device) and is_on_grid(base.model):
-        quantise(base.model)
-    return base
-
-
 @contextmanager
 def _engine(base: BaseModel, at_once: int, tokens: int, waiting: int) -> Iterator[Running]:
     """Yield a started engine that runs so many requests of so many tokens at once."""
     variants = Variants(base.layers, [Variant(FULL, frozenset(range(base.layers)))])
     limits = Limits(tokens_per_step=at_once + 512, running=at_once, waiting=at_once + waiting)
-    shape = base.model.config.get_text_config()
-    heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    a_token = 2 * base.layers * heads * size * base.model.dtype.itemsize
+    shape = kv_shape(base.model.config.get_text_config())
+    a_token = base.layers * shape.bytes_per_token(base.model.dtype.itemsize)
     pool = int(1.1 * at_once * (tokens + 32) * a_token)
     config = EngineConfig(limits, kv_cache_bytes=pool, compiled=COMPILED)
     with running(base, variants, config) as started:

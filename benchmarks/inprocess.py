@@ -10,7 +10,6 @@ events, so the differences between consecutive tokens of one request are step ti
 
 from __future__ import annotations
 
-import gc
 import platform
 import random
 import statistics
@@ -29,7 +28,8 @@ from typing import TypeVar
 
 import torch
 
-from pruning.loading import BaseModel, cache_folder
+from pruning.loading import BaseModel, cache_folder, load_base_model
+from pruning.quantised import is_on_grid, quantise, runs_here
 from pruning.variants import Variants
 from server.engine.ahead import COMPILER
 from server.engine.assembly import EngineConfig, build_engine, default_limits
@@ -37,7 +37,7 @@ from server.engine.engine import Engine
 from server.engine.request import Ended, Event, FinishReason, Request, SamplingParams, TokenEvent
 from server.engine.scheduler import Limits
 from server.engine.stats import EngineStats
-from server.lifecycle import keep_what_is_there
+from server.lifecycle import without_collecting_what_is_there
 
 COMPILED = cache_folder() / "compiled"
 """Where a server keeps compiled layers."""
@@ -51,6 +51,14 @@ Result = TypeVar("Result")
 
 Mix = Mapping[str, int]
 """How many requests of each variant."""
+
+
+def served_base(model: str) -> BaseModel:
+    """Load a model as the server does by default: in four bits where that loses nothing."""
+    base = load_base_model(model)
+    if runs_here(base.device) and is_on_grid(base.model):
+        quantise(base.model)
+    return base
 
 
 class DoesNotFitError(ValueError):
@@ -206,13 +214,12 @@ def running(base: BaseModel, variants: Variants, config: EngineConfig) -> Iterat
     seconds = time.monotonic() - before
     for compiler in (thread for thread in threading.enumerate() if thread.name == COMPILER):
         compiler.join()
-    keep_what_is_there()  # as a server does
-    engine.start()
-    try:
-        yield Running(engine, base.model.config.vocab_size, limits, seconds)
-    finally:
-        engine.stop()
-        gc.unfreeze()  # another engine may come, which needs this one's memory
+    with without_collecting_what_is_there():  # as in a server
+        engine.start()
+        try:
+            yield Running(engine, base.model.config.vocab_size, limits, seconds)
+        finally:
+            engine.stop()
 
 
 def decode(running: Running, mix: Mix, context: int, steps: int) -> Decoded:

@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.inprocess import COMPILED, Running, decode, machine, passing, running
+from benchmarks.inprocess import COMPILED, Running, decode, machine, passing, running, served_base
 from benchmarks.shapes import PRUNED, device_and_dtype, dropping, random_base
 from benchmarks.step import limits_for
-from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from pruning.loading import EMBEDDED_MODEL, BaseModel
 from pruning.plan import parse_drop
-from pruning.quantised import four_bit_layers, is_on_grid, quantise, quantise_substitutes, runs_here
+from pruning.quantised import four_bit_layers, quantise_substitutes
 from pruning.substitutes import (
     LinearSubstitute,
     SubstituteError,
@@ -58,6 +59,8 @@ class Turn:
 
 
 Turns = dict[Cell, list[Turn]]
+Prepare = Callable[[SubstituteKind | None], tuple[BaseModel, Variants, str]]
+"""Loads a model, with substitutes of a kind or none, and says what they take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +107,10 @@ def main(
     if wanted is None:
         raise typer.BadParameter("there is nothing to measure without substitutes")
     where, weights = device_and_dtype("auto", "auto")
-    load = (lambda: random_base(shape, weights, where)) if shape else (lambda: _served(model))
+    load = (lambda: random_base(shape, weights, where)) if shape else (lambda: served_base(model))
     cells = [(int(b), int(c)) for c in context.split(",") for b in batch.split(",")]
     measure = _by_engines if where.type == "cuda" else _by_one_engine
-    turns, described = measure(load, drop, wanted, cells, repeats)
+    turns, described = measure(partial(_prepared, load, drop), wanted, cells, repeats)
     rows = [Row.of(cell, turns[cell]) for cell in cells]
     _print(rows, f"{shape or model}, {drop} dropped: {described}")
     if output is not None:
@@ -115,23 +118,11 @@ def main(
         output.write_text(json.dumps(body | {"rows": [asdict(row) for row in rows]}) + "\n")
 
 
-def _served(model: str) -> BaseModel:
-    """Load a model as the server does by default."""
-    base = load_base_model(model)
-    if runs_here(base.device) and is_on_grid(base.model):
-        quantise(base.model)
-    return base
-
-
 def _by_one_engine(
-    load: Callable[[], BaseModel],
-    drop: str,
-    kind: SubstituteKind,
-    cells: Sequence[Cell],
-    repeats: int,
+    prepare: Prepare, kind: SubstituteKind, cells: Sequence[Cell], repeats: int
 ) -> tuple[Turns, str]:
     """Decode in turns on one engine; return the turns, and what the substitutes take."""
-    base, variants, described = passing(lambda: _prepared(load, drop, kind))
+    base, variants, described = passing(lambda: prepare(kind))
     turns: Turns = {cell: [] for cell in cells}
     with running(base, variants, _config(base, cells)) as engine:
         for cell in track(cells, description="measuring"):
@@ -156,33 +147,25 @@ def _passing_through(base: BaseModel) -> Iterator[None]:
 
 
 def _by_engines(
-    load: Callable[[], BaseModel],
-    drop: str,
-    kind: SubstituteKind,
-    cells: Sequence[Cell],
-    repeats: int,
+    prepare: Prepare, kind: SubstituteKind, cells: Sequence[Cell], repeats: int
 ) -> tuple[Turns, str]:
     """Decode on engines without and with substitutes, made for each turn; return the turns, and
     what the substitutes take."""
     turns: Turns = {cell: [] for cell in cells}
     described = ""
     for _ in track(range(repeats), description="measuring"):
-        bare, _text = _cells(load, drop, None, cells, (FULL, PRUNED))
-        mapped, described = _cells(load, drop, kind, cells, (PRUNED,))
+        bare, _text = _cells(prepare, None, cells, (FULL, PRUNED))
+        mapped, described = _cells(prepare, kind, cells, (PRUNED,))
         for cell in cells:
             turns[cell].append(Turn(*bare[cell], *mapped[cell]))
     return turns, described
 
 
 def _cells(
-    load: Callable[[], BaseModel],
-    drop: str,
-    kind: SubstituteKind | None,
-    cells: Sequence[Cell],
-    names: Sequence[str],
+    prepare: Prepare, kind: SubstituteKind | None, cells: Sequence[Cell], names: Sequence[str]
 ) -> tuple[dict[Cell, list[float]], str]:
     """Return the seconds of a step of these variants in each cell, and what substitutes take."""
-    base, variants, described = passing(lambda: _prepared(load, drop, kind))
+    base, variants, described = passing(lambda: prepare(kind))
     with running(base, variants, _config(base, cells)) as engine:
         decode(engine, {PRUNED: max(count for count, _ in cells)}, 32, 8)
         found = {cell: [_step_seconds(engine, name, cell) for name in names] for cell in cells}

@@ -92,11 +92,11 @@ class FourBitLinear(nn.Module):
             None if bias is None else bias.bfloat16(),
         )
         self._product: QuantisedProduct = four_bit_product
-        self._few_rows = 0
+        self._few_rows = FEW_ROWS
 
     def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
         """Let another function compute products of few rows, of up to `rows` at least."""
-        self._product, self._few_rows = product, rows
+        self._product, self._few_rows = product, max(rows, FEW_ROWS)
 
     @property
     def step_bytes(self) -> int:
@@ -126,7 +126,7 @@ class FourBitLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         packed = self._packed
         rows = inputs.reshape(-1, self.in_features)
-        if rows.shape[0] > max(self._few_rows, FEW_ROWS):
+        if rows.shape[0] > self._few_rows:
             return functional.linear(inputs, packed.bfloat16, packed.bias)
         out = self._product(rows, packed.four_bits, packed.scales_and_zeros)
         out = out.reshape(*inputs.shape[:-1], self.out_features)
@@ -142,7 +142,7 @@ class EightBitHead(nn.Module):
         self.bias = head.bias
         self._eight_bits = _eight_bits(head.weight)
         self._product: QuantisedProduct = eight_bit_product
-        self._few_rows = 0
+        self._few_rows = _FEW_HEAD_ROWS
 
     @property
     def step_bytes(self) -> int:
@@ -151,12 +151,11 @@ class EightBitHead(nn.Module):
 
     def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
         """Let another function compute products of few rows, of up to `rows` at least."""
-        self._product, self._few_rows = product, rows
+        self._product, self._few_rows = product, max(rows, _FEW_HEAD_ROWS)
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1])
-        few = max(self._few_rows, _FEW_HEAD_ROWS)
-        if not 0 < rows.shape[0] <= few or self.bias is not None:
+        if not 0 < rows.shape[0] <= self._few_rows or self.bias is not None:
             return functional.linear(inputs, self.weight, self.bias)
         out = self._product(rows, *self._eight_bits)
         return out.reshape(*inputs.shape[:-1], out.shape[-1])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from server import __version__
 from server.cli import app
-from server.lifecycle import keep_what_is_there
+from server.lifecycle import without_collecting_what_is_there
 from tests.live import LiveServer
 
 
@@ -37,12 +37,10 @@ def test_a_dead_engine_is_told_to_clients_and_orchestrators_and_ends_the_process
 
 def test_the_collector_looks_no_more_at_what_start_up_made() -> None:
     held = len(gc.get_objects())
-    keep_what_is_there()
-    try:
+    with without_collecting_what_is_there():
         assert gc.get_freeze_count() > held / 2
         assert len(gc.get_objects()) < held / 2
-    finally:
-        gc.unfreeze()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_a_failure(live: LiveServer) -> None:

@@ -220,15 +220,15 @@ def _group_rows(
     pages = np.frombuffer(b"".join(tables), dtype=np.int32)
     table_starts = np.array([0, *accumulate(map(len, tables))], dtype=np.int64)
     tokens = layout.tokens_per_page[index]
-    if rows.owner is None:
-        ends = zip(tables, [s.start for s in attending], strict=True)
-        slots = [table[at // tokens] * tokens + at % tokens for table, at in ends]
-        return GroupRows(len(slots), len(slots), pages, table_starts, np.array(slots, np.int64))
     count = int(rows.query_starts[len(attending)])
-    places = rows.positions[:count]
-    page = pages[table_starts[rows.owner[:count]] + places // tokens].astype(np.int64)
-    slots_of_rows = page * tokens + places % tokens
-    return GroupRows(len(attending), count, pages, table_starts, slots_of_rows)
+    if rows.owner is None:
+        own = zip(tables, attending, strict=True)
+        slots = np.array([t[s.start // tokens] * tokens + s.start % tokens for t, s in own], int)
+    else:
+        places = rows.positions[:count]
+        page = pages[table_starts[rows.owner[:count]] + places // tokens].astype(np.int64)
+        slots = page * tokens + places % tokens
+    return GroupRows(len(attending), count, pages, table_starts, slots)
 
 
 def _scored_rows(

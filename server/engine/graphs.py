@@ -42,8 +42,8 @@ padding cost little beside the weights."""
 CHUNK_SIZES = (64, 256, 512, 768, 1024, 1536, 2048)
 """Those of one variant alone where there are prompt chunks: whole prompts of usual lengths, and not
 much padding. Steps beyond the last take a device longer than the launches take the host."""
-MIXED_CHUNK_SIZES = (64, 256, 512)
-"""Those of each variant where several are in such a step."""
+MOST_MIXED_CHUNK_ROWS = 512
+"""The largest of them that is recorded where several variants are in such a step."""
 MOST_GRAPHS = 256
 """Graphs kept; a combination of rows beyond them is run kernel by kernel."""
 
@@ -80,7 +80,7 @@ class StepGraphs:
         most_rows: int,
         vocabulary: int,
         context: int,
-        chunk_sizes: Sequence[int] = CHUNK_SIZES,
+        chunk_sizes: Sequence[int],
     ) -> None:
         """`attend` is what the model is given, over `backend`; most_rows is how many requests may
         run, chunk_sizes the rows of one variant that steps with chunks are recorded for."""
@@ -98,7 +98,7 @@ class StepGraphs:
         self.logits = torch.zeros(places, vocabulary, dtype=weight.dtype, device=device)
         largest = [
             Recording((self._largest,) * len(variants), chunks=False),
-            Recording((max(CHUNK_SIZES),) * len(variants), chunks=True),
+            Recording((CHUNK_SIZES[-1],) * len(variants), chunks=True),
         ]
         size = max(self._layout(recording).size for recording in largest) + TABLE_ENTRIES
         self._inputs = torch.zeros(size, dtype=torch.int32, device=device)
@@ -159,7 +159,7 @@ class StepGraphs:
 
     @property
     def _mixed_chunk_sizes(self) -> list[int]:
-        return [size for size in self.chunk_sizes if size <= MIXED_CHUNK_SIZES[-1]]
+        return [size for size in self.chunk_sizes if size <= MOST_MIXED_CHUNK_ROWS]
 
     def _layout(self, recording: Recording) -> Layout:
         if recording.chunks:

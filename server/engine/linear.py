@@ -247,7 +247,6 @@ def _multiply(
     padded = max(16, triton.next_power_of_2(rows))
     tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
     at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
-    room = _shared_memory(x.device) // (tile.inputs * (at_once + padded * x.dtype.itemsize))
     items = weight if scale is None else weight.view(torch.int16)
     _few_rows[(triton.cdiv(outputs, tile.outputs),)](
         x, items, y if scale is None else scale, more, y, rows, outputs, inputs,
@@ -255,7 +254,8 @@ def _multiply(
         padded, tile.outputs, tile.inputs,
         scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
         x.device.type == "cpu",
-        num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
+        num_warps=tile.warps,
+        num_stages=_stages(tile, at_once + padded * x.dtype.itemsize, x.device),
     )  # fmt: skip
     return y
 
@@ -267,15 +267,19 @@ def _gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     padded = max(64, triton.next_power_of_2(rows))
     tile = Tiling(128, 64, 4, 8)
-    room = _shared_memory(x.device) // (
-        tile.inputs * (2 * tile.outputs + padded) * x.dtype.itemsize
-    )
+    an_input = (2 * tile.outputs + padded) * x.dtype.itemsize
     _gated_rows[(triton.cdiv(outputs, tile.outputs),)](
         x, weight, y, rows, outputs, inputs, x.stride(0), weight.stride(0), y.stride(0),
         padded, tile.outputs, tile.inputs,
-        num_warps=tile.warps, num_stages=max(2, min(tile.stages, room)),
+        num_warps=tile.warps, num_stages=_stages(tile, an_input, x.device),
     )  # fmt: skip
     return y
+
+
+def _stages(tile: Tiling, bytes_of_an_input: int, device: torch.device) -> int:
+    """Return the steps whose tiles are on their way at once, as far as there is room."""
+    room = _shared_memory(device) // (tile.inputs * bytes_of_an_input)
+    return max(2, min(tile.stages, room))
 
 
 @lru_cache

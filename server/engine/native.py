@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pruning.attention import AttentionForm
 from pruning.quantised import eight_bit_product, four_bit_product, runs_here
+from server.engine.operators import operator
 
 logger = logging.getLogger(__name__)
 
@@ -158,16 +159,15 @@ class NormedMap:
         )
 
 
-@torch.library.custom_op("attndrop::four_bit_rows", mutates_args=())
+def _product_shape(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], scales_and_zeros.shape[1])
+
+
+@operator(_product_shape)
 def four_bit_rows(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     """The product of few rows with a weight in four bits, which a compiler leaves as it is; a
     library that it makes calls native.cpp for it, by FOUR_BIT_ROWS."""
     return four_bit_product(inputs, packed, scales_and_zeros)
-
-
-@four_bit_rows.register_fake
-def _shape(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], scales_and_zeros.shape[1])
 
 
 FOUR_BIT_OUTPUTS = 64

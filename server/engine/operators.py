@@ -1,7 +1,7 @@
 """Functions as operators, which a compiler leaves as they are.
 
 `torch.library.custom_op` checks at each call that nothing is aliased, which for the products of a
-step that is launched kernel by kernel took the host half of its time (docs/performance.md).
+step that is launched kernel by kernel took the host a third of its time (docs/performance.md).
 Registered by the library itself, a function is called and nothing else.
 """
 

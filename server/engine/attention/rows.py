@@ -18,7 +18,7 @@ from pruning.variants import Variants
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
-from server.engine.native import CHUNK_DIM, NativeFunctions, StepTables, layer_pages
+from server.engine.native import NativeFunctions, StepTables, layer_pages
 from server.engine.pages import PageLayout
 
 
@@ -64,8 +64,7 @@ class RowsBackend:
         tables, pages = self._prepared[self._group_of[layer]].tables, self._pages[layer]
         if not self._has_chunks:
             return self._native.attend(query, key, value, form, pages, tables)
-        dim = query.shape[-1]
-        if self._native.has_chunks and dim % CHUNK_DIM == 0 and form.softcap is None:
+        if self._native.attends_chunks(form, query.shape[-1]):
             return self._native.attend_chunks(query, key, value, form, pages, tables)
         if self._for_reference is not None:
             self._reference.prepare(self._for_reference)
