@@ -18,6 +18,8 @@ from torch._inductor.virtualized import V
 from transformers import PreTrainedModel
 
 from server.engine import linear
+from server.engine.attention import operator
+from server.engine.early import launches_early
 
 _MOST_FORMS = 64
 """Compiled forms of a layer: every way of attending, one row or many, each kind of layer."""
@@ -29,6 +31,7 @@ _aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 _linear = linear.linear
 _gated = linear.gated
+_attend = operator.attend
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
 _TURNS = frozenset({_aten.permute.default, _aten.t.default})
 _VIEWS = frozenset({_aten.view.default, _aten.reshape.default})
@@ -42,6 +45,7 @@ class Products(CustomGraphPass):
       elimination of common parts runs for training only.)
     - All of them go to `linear`, where those with weights in eight bits are from the start.
     - silu(gate) * up goes to `gated`.
+    - Rotary embeddings of whole heads are left to `attend`.
     - The sum that ends a layer, with the residual stream, is part of its last product. (The one in
       the middle is part of the norm after it.)
 
@@ -54,6 +58,7 @@ class Products(CustomGraphPass):
             (_use_linear, None),
             (_use_gated, _aten.mul.Tensor),
             (_join_sum, _aten.add.Tensor),
+            (_leave_rotation, _attend),
         ):
             for node in list(graph.nodes):
                 if node.target is target or (target is None and node.target in _PRODUCTS):
@@ -62,7 +67,7 @@ class Products(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Tell torch's cache on disk what this pass does."""
-        return get_hash_for_files((__file__, linear.__file__))
+        return get_hash_for_files((__file__, linear.__file__, operator.__file__))
 
 
 class _Choices(InductorChoices):
@@ -85,7 +90,11 @@ def compile_layers(model: PreTrainedModel) -> None:
     # A limit of torch's that counts recompilations over all models of the process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
     # One object for all layers: they share what is compiled if their options are equal.
-    options = {"post_grad_custom_pre_pass": Products(), "combo_kernels": True}
+    options = {
+        "post_grad_custom_pre_pass": Products(),
+        "combo_kernels": True,
+        "triton.enable_pdl": launches_early(model.device),
+    }
     V.set_choices_handler(_Choices())
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     for layer in decoder.layers:
@@ -178,7 +187,8 @@ def _half(node: Any, which: int) -> fx.Node | None:
     assert isinstance(whole, fx.Node)
     width = whole.meta["val"].shape[-1]
     bounds = (which * width // 2, (which + 1) * width // 2)
-    return whole if dim == whole.meta["val"].dim() - 1 and (start, end) == bounds else None
+    found = (start, min(end, width))  # an open end is a very large one
+    return whole if dim == whole.meta["val"].dim() - 1 and found == bounds else None
 
 
 def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
@@ -198,6 +208,49 @@ def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
             shaped = _call(graph, _aten.unsqueeze.default, joined, 0)
         node.replace_all_uses_with(shaped)
         return
+
+
+def _leave_rotation(graph: fx.Graph, node: fx.Node) -> None:
+    """attend(rotated query, rotated key, ...) becomes attend(query, key, ..., cos, sin)."""
+    query, key = (_unrotated(argument) for argument in node.args[:2])
+    if query is None or key is None or query[1:] != key[1:]:
+        return
+    with graph.inserting_before(node):
+        arguments = (query[0], key[0], *node.args[2:], *query[1:])
+        attended = _call(graph, _attend, *arguments)
+    node.replace_all_uses_with(attended)
+    graph.erase_node(node)
+
+
+def _unrotated(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Return x, cos and sin if node is x * cos + [-x2, x1] * sin, where x1 and x2 are the halves of
+    x [1, heads, rows, dim], and cos and sin are [1, rows, dim]."""
+    for plain, turned in _factors(node, _aten.add.Tensor):
+        for x, wide_cos in _factors(plain):
+            for halves, wide_sin in _factors(turned):
+                cos, sin = (_only(wide, _aten.unsqueeze.default) for wide in (wide_cos, wide_sin))
+                if cos is None or sin is None or not _is_turned(halves, x):
+                    continue
+                angles = (1, 1, *_shape(x)[2:])
+                if _shape(wide_cos) == _shape(wide_sin) == angles:
+                    return x, cos, sin
+    return None
+
+
+def _is_turned(node: fx.Node, x: fx.Node) -> bool:
+    """Return whether node is the halves of x's last dimension, the second one negated, first."""
+    if node.target is not _aten.cat.default or len(node.args) != 2:
+        return False
+    parts, dim = node.args
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        return False
+    ends = dim in (-1, x.meta["val"].dim() - 1)
+    second = _half(_only(parts[0], _aten.neg.default), 1)
+    return ends and second is x and _half(parts[1], 0) is x
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
 
 
 def _product_of(viewed: fx.Node) -> tuple[Any, ...] | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from server.engine import many_rows
+from server.engine.early import launches_early, let_next_start, wait_for_previous
 from server.engine.operators import operator
 from server.engine.packing import first_input, numbers
 
@@ -75,7 +76,7 @@ def _few_rows(
     x, weight, scale, added, y, rows, outputs, inputs, x_row, weight_row, added_row, y_row,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     SCALED: tl.constexpr, FLOAT8: tl.constexpr, ADDED: tl.constexpr, GATED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    INTERPRETED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: OUTPUTS outputs of all rows. A scaled weight is in words of two numbers."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -86,6 +87,7 @@ def _few_rows(
     band = weight + output[:, None].to(tl.int64) * weight_row
     given = x + row[None, :] * x_row
     item = tl.arange(0, INPUTS // 2 if SCALED else INPUTS)
+    wait_for_previous(EARLY)
     for start in range(0, inputs, INPUTS):
         at = (start // 2 if SCALED else start) + item
         part = tl.load(band + at[None, :], exists[:, None], eviction_policy="evict_first")
@@ -99,6 +101,7 @@ def _few_rows(
             second = band + outputs.to(tl.int64) * weight_row + at[None, :]
             part = tl.load(second, exists[:, None], eviction_policy="evict_first")
             up = _plus(up, part, low, high, SCALED, FLOAT8, INTERPRETED)
+    let_next_start(EARLY)
     if SCALED:
         acc *= tl.load(scale + output, exists, 0.0)[:, None]
         if GATED:
@@ -133,7 +136,7 @@ def _plus(
 @triton.jit
 def _gated_rows(
     x, weight, y, rows, outputs, inputs, x_row, weight_row, y_row,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: OUTPUTS outputs of all rows, which are enough to stand on the left."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -144,6 +147,7 @@ def _gated_rows(
     given = x + row[:, None] * x_row + item[None, :]
     band = weight + output[None, :].to(tl.int64) * weight_row + item[:, None]
     second = outputs.to(tl.int64) * weight_row
+    wait_for_previous(EARLY)
     for _ in range(0, inputs, INPUTS):
         part = tl.load(given, asked[:, None], 0.0)
         tile = tl.load(band, exists[None, :], eviction_policy="evict_first")
@@ -152,6 +156,7 @@ def _gated_rows(
         up = tl.dot(part, tile, up, input_precision="ieee")
         given += INPUTS
         band += INPUTS
+    let_next_start(EARLY)
     acc = acc / (1 + tl.exp(-acc)) * up
     target = y + row[:, None] * y_row + output[None, :]
     tl.store(target, acc.to(y.dtype.element_ty), asked[:, None] & exists[None, :])
@@ -246,6 +251,7 @@ def _multiply(
     more = y if added is None else added.expand(rows, outputs)
     padded = max(16, triton.next_power_of_2(rows))
     tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
+    early = launches_early(x.device)
     at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
     items = weight if scale is None else weight.view(torch.int16)
     _few_rows[(triton.cdiv(outputs, tile.outputs),)](
@@ -253,7 +259,7 @@ def _multiply(
         x.stride(0), items.stride(0), more.stride(0), y.stride(0),
         padded, tile.outputs, tile.inputs,
         scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
-        x.device.type == "cpu",
+        x.device.type == "cpu", early, launch_pdl=early,
         num_warps=tile.warps,
         num_stages=_stages(tile, at_once + padded * x.dtype.itemsize, x.device),
     )  # fmt: skip
@@ -267,10 +273,11 @@ def _gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     padded = max(64, triton.next_power_of_2(rows))
     tile = Tiling(128, 64, 4, 8)
+    early = launches_early(x.device)
     an_input = (2 * tile.outputs + padded) * x.dtype.itemsize
     _gated_rows[(triton.cdiv(outputs, tile.outputs),)](
         x, weight, y, rows, outputs, inputs, x.stride(0), weight.stride(0), y.stride(0),
-        padded, tile.outputs, tile.inputs,
+        padded, tile.outputs, tile.inputs, early, launch_pdl=early,
         num_warps=tile.warps, num_stages=_stages(tile, an_input, x.device),
     )  # fmt: skip
     return y

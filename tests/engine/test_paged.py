@@ -14,6 +14,7 @@ from pruning.attention import AttentionForm
 from pruning.variants import Variants
 from server.engine.assembly import EngineConfigError, choose_attention
 from server.engine.attention.eight_bits import E4M3, packed
+from server.engine.attention.kernels import Angles
 from server.engine.attention.paged import PagedBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
@@ -21,6 +22,7 @@ from server.engine.pages import PagePool, page_layout
 from server.engine.scheduler import Limits, Scheduler
 from tests.engine.interpreter import round_to_nearest_even
 from tests.engine.tiny_engine import Numbered, tiny_variants
+from tests.reference.rotary import rotated
 from tests.reference.rounded import rounded
 
 ON_GPU = torch.cuda.is_available()
@@ -90,6 +92,41 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
         expected = reference(layer, q.double(), k.double(), v.double(), shape)
         assert torch.isfinite(got).all()
         assert (got - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [DTYPE, E4M3], ids=["own dtype", "eight bits"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_paged_rotates_queries_and_keys(
+    form: tuple[int, int, int, AttentionForm],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    round_to_nearest_even(monkeypatch)
+    heads, kv_heads, dim, shape = form
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(200, layout.page_elements, device=DEVICE).to(dtype)
+    exact = pool.double()
+    paged = PagedBackend(pool, layout, variants, kv_heads)
+    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
+        for backend in (paged, reference):
+            backend.prepare(batch)
+        rows = batch.attending_rows[LAYERS[0]]
+        q, k, v = queries_keys_values(heads, kv_heads, rows, dim)
+        wide = torch.randn(1, rows, 2 * dim, dtype=DTYPE, device=DEVICE)
+        cos, sin = wide[0, :, :dim].cos(), wide[0, :, dim:].sin()
+        cos[:, dim // 2 :], sin[:, dim // 2 :] = cos[:, : dim // 2], sin[:, : dim // 2]
+        got = paged(LAYERS[0], q, k, v, shape, Angles(cos, sin)).double()
+        q, k = (rotated(x.double(), cos.double(), sin.double()).to(x.dtype) for x in (q, k))
+        if dtype == E4M3:
+            k, v = rounded(k), rounded(v)
+        expected = reference(LAYERS[0], q.double(), k.double(), v.double(), shape)
+        assert (got - expected).norm() / expected.norm() < 5e-3
+    if dtype == DTYPE:
+        assert (pool.double() - exact).norm() / exact.norm() < 5e-3
+    else:
+        assert torch.equal(pool.view(torch.uint8), packed(exact))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

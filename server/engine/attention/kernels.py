@@ -6,9 +6,9 @@
              then a reduction over the splits
     chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691)
 
-Sliding windows and soft-capping are parts of the kernels. A page may hold any number of tokens.
-Pages in eight bits (eight_bits.py) are converted to the queries' dtype as they are read, and no
-query sees a key or value that was not rounded to them.
+Rotary embeddings, sliding windows and soft-capping are parts of the kernels. A page may hold any
+number of tokens. Pages in eight bits (eight_bits.py) are converted to the queries' dtype as they
+are read, and no query sees a key or value that was not rounded to them.
 Lengths and tables are read on the device and nothing is planned on the host, so a captured CUDA
 graph stays valid for every step of its shape.
 """
@@ -16,6 +16,7 @@ graph stays valid for every step of its shape.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.attention.eight_bits import E4M3, LARGEST
+from server.engine.early import launches_early, let_next_start, wait_for_previous
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(LARGEST)
@@ -39,14 +41,29 @@ def _as_stored(x, pages):
 
 
 @triton.jit
+def _rotated(at, cos, sin, dim, mask, DIM: tl.constexpr, ROTATES: tl.constexpr):
+    """Load the numbers `dim` of a head, which are at `at`, and where that ROTATES them, turn them
+    by the angles of a row, whose first cosine is at `cos`: number i with number i + DIM / 2."""
+    x = tl.load(at, mask, 0.0)
+    if ROTATES:
+        is_first = dim < DIM // 2
+        other = tl.load(at + tl.where(is_first, DIM // 2, -(DIM // 2)), mask, 0.0).to(tl.float32)
+        c = tl.load(cos + dim, mask, 0.0).to(tl.float32)
+        s = tl.load(sin + dim, mask, 0.0).to(tl.float32)
+        x = (x.to(tl.float32) * c + tl.where(is_first, -other, other) * s).to(x.dtype)
+    return x
+
+
+@triton.jit
 def _write(
-    key, value, keys, values, slots, seen_key, seen_value,
-    key_row, value_row, page_stride, TOKENS: tl.constexpr,
+    key, value, cos, sin, keys, values, slots, seen_key, seen_value,
+    key_row, value_row, angle_row, page_stride, TOKENS: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, key_head, value_head,
-    ROUNDS: tl.constexpr,
+    ROTATES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. Where that ROUNDS it, what pages hold of it goes to seen_key and
-    seen_value too, both [rows, heads, dim]."""
+    """One program: one row. What pages hold of it goes to seen_key and seen_value too, both
+    [rows, heads, dim], where it is not what the row has: a key that it ROTATES, both where that
+    ROUNDS them."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
     if slot < 0:
@@ -55,15 +72,17 @@ def _write(
     head, place = column // DIM, column % DIM
     inside = column < HEADS * DIM
     target = (slot // TOKENS).to(tl.int64) * page_stride + (slot % TOKENS) * (HEADS * DIM) + column
-    source = row * key_row + head * key_head + place
-    k = _as_stored(tl.load(key + source, mask=inside), keys)
+    source = key + row * key_row + head * key_head + place
+    k = _rotated(source, cos + row * angle_row, sin + row * angle_row, place, inside, DIM, ROTATES)
+    k = _as_stored(k, keys)
     tl.store(keys + target, k, mask=inside)
     source = row * value_row + head * value_head + place
     v = _as_stored(tl.load(value + source, mask=inside), values)
     tl.store(values + target, v, mask=inside)
-    if ROUNDS:
-        seen = row * (HEADS * DIM) + column
+    seen = row * (HEADS * DIM) + column
+    if ROTATES or ROUNDS:
         tl.store(seen_key + seen, k.to(seen_key.dtype.element_ty), mask=inside)
+    if ROUNDS:
         tl.store(seen_value + seen, v.to(seen_value.dtype.element_ty), mask=inside)
 
 
@@ -80,13 +99,13 @@ def _capped(scores, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _decode(
-    query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
-    partial, weights, out,
-    query_row, query_head, key_row, key_head, value_row, value_head, out_row, page_stride,
+    query, key, value, cos, sin, keys, values, pages, table_starts, rows, slots, lengths,
+    partial, weights, out, query_row, query_head, key_row, key_head, value_row, value_head,
+    angle_row, out_row, page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    CAPPED: tl.constexpr, WRITES: tl.constexpr,
+    CAPPED: tl.constexpr, ROTATES: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one sequence, one kv head, one split of its tokens.
 
@@ -97,9 +116,10 @@ def _decode(
     kv_head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     row = tl.load(rows + sequence)
+    table = pages + tl.load(table_starts + sequence)
+    wait_for_previous(EARLY)
     if row < 0:
         return
-    table = pages + tl.load(table_starts + sequence)
     first = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK) * BLOCK
     start = first + split * share
@@ -109,15 +129,18 @@ def _decode(
     dim = tl.arange(0, DIM_PADDED)
     head = kv_head * GROUP + member
     mask = (member < GROUP)[:, None] & (dim < DIM)[None, :]
-    q = tl.load(query + row * query_row + head[:, None] * query_head + dim[None, :], mask, 0.0)
+    at = query + row * query_row + head[:, None] * query_head + dim[None, :]
+    cos += row * angle_row
+    sin += row * angle_row
+    q = _rotated(at, cos, sin, dim[None, :], mask, DIM, ROTATES)
 
     highest = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, DIM_PADDED], tl.float32)
     written = length - 1 if WRITES else length
     stop = tl.minimum(end, written)
-    for at in range(start, stop, BLOCK):
-        token = at + tl.arange(0, BLOCK)
+    for block in range(start, stop, BLOCK):
+        token = block + tl.arange(0, BLOCK)
         seen = token < stop
         page = tl.load(table + token // TOKENS, seen, 0).to(tl.int64)
         place = page * page_stride + (token % TOKENS) * (KV_HEADS * DIM) + kv_head * DIM
@@ -134,9 +157,11 @@ def _decode(
         total = total * fade + tl.sum(p, 1)
         highest = risen
 
+    let_next_start(EARLY)
     if WRITES:
         if (start < length) & (end == length):
-            k = tl.load(key + row * key_row + kv_head * key_head + dim, dim < DIM, 0.0)
+            own = key + row * key_row + kv_head * key_head + dim
+            k = _rotated(own, cos, sin, dim, dim < DIM, DIM, ROTATES)
             v = tl.load(value + row * value_row + kv_head * value_head + dim, dim < DIM, 0.0)
             k = _as_stored(k, keys)
             v = _as_stored(v, values)
@@ -170,10 +195,12 @@ def _decode(
 def _reduce(
     partial, weights, rows, out, out_row,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program: the splits of one sequence and head, weighted by their share of the softmax."""
     sequence, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + sequence)
+    wait_for_previous(EARLY)
     if row < 0:
         return
     split = tl.arange(0, SPLITS)
@@ -183,6 +210,7 @@ def _reduce(
     most = tl.max(weight, 0)
     weight = tl.exp2(weight - tl.where(most == float("-inf"), 0.0, most))  # padding has no tokens
     parts = tl.load(partial + slot[:, None] * DIM + dim[None, :], (dim < DIM)[None, :], 0.0)
+    let_next_start(EARLY)
     whole = tl.sum(weight, 0)
     joined = tl.sum(parts * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
     target = out + row * out_row + head * DIM + dim
@@ -240,12 +268,13 @@ def _fold(
 
 @triton.jit
 def _chunk(
-    query, key, value, keys, values, pages, table_starts, sequences, starts, lengths, out,
-    query_row, query_head, key_row, key_head, value_row, value_head, out_row, page_stride,
+    query, key, value, cos, sin, keys, values, pages, table_starts, sequences, starts, lengths, out,
+    query_row, query_head, key_row, key_head, value_row, value_head, angle_row, out_row,
+    page_stride,
     scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, ROTATES: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one sequence and head over the tokens they may see: those before
     the chunk, from pages, then those of the chunk, from the step's rows, which lie together."""
@@ -264,7 +293,9 @@ def _chunk(
     dim = tl.arange(0, DIM_PADDED)
     valid = (local < count)[:, None] & (dim < DIM)[None, :]
     at_row = (start + local)[:, None]
-    q = tl.load(query + at_row * query_row + head * query_head + dim[None, :], valid, 0.0)
+    at = query + at_row * query_row + head * query_head + dim[None, :]
+    angle = at_row * angle_row
+    q = _rotated(at, cos + angle, sin + angle, dim[None, :], valid, DIM, ROTATES)
 
     # Finite: rows that see nothing yet must not become nan.
     highest = tl.full([ROWS], -1e30, tl.float32)
@@ -312,23 +343,39 @@ def _chunk(
     tl.store(target, joined.to(out.dtype.element_ty), valid)
 
 
+class Angles(NamedTuple):
+    """What a row's queries and keys are rotated by (RoPE, Su et al., arXiv 2104.09864)."""
+
+    cos: Tensor
+    """[rows, dim], the second half of a row equal to the first."""
+    sin: Tensor
+    """Like cos."""
+
+
 def write_pages(
-    key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    angles: Angles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Put key and value [rows, kv_heads, dim] into a layer's pages at `slots` [rows].
 
-    keys and values are views [pages, tokens, kv_heads, dim] of the pool. Returns key and value as
-    pages hold them: themselves, or copies rounded to eight bits. Rows with slot -1, padding, are
-    left out.
+    keys and values are views [pages, tokens, kv_heads, dim] of the pool; keys are rotated by
+    `angles` first. Returns key and value as pages hold them: themselves, or copies, rotated or
+    rounded to eight bits. Rows with slot -1, padding, are left out.
     """
     rows, heads, dim = key.shape
     rounds = keys.dtype == E4M3
-    seen_key, seen_value = (x.new_empty(rows, heads, dim) if rounds else x for x in (key, value))
+    seen_key = key if angles is None and not rounds else key.new_empty(rows, heads, dim)
+    seen_value = value.new_empty(rows, heads, dim) if rounds else value
+    cos, sin = (key, key) if angles is None else angles
     _write[(rows,)](
-        key, value, keys, values, slots, seen_key, seen_value,
-        key.stride(0), value.stride(0), keys.stride(0), keys.shape[1],
+        key, value, cos, sin, keys, values, slots, seen_key, seen_value,
+        key.stride(0), value.stride(0), cos.stride(0), keys.stride(0), keys.shape[1],
         heads, dim, triton.next_power_of_2(heads * dim), key.stride(1), value.stride(1),
-        rounds, num_warps=4,
+        angles is not None, rounds, num_warps=4,
     )  # fmt: skip
     return seen_key, seen_value
 
@@ -370,11 +417,13 @@ def decode(
     window: int | None,
     softcap: float,
     splits: int,
+    angles: Angles | None = None,
 ) -> None:
     """Attend one row of each sequence over its pages, and write its key and value there first if
     `writes`, instead of `write_pages`.
 
-    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim]; pages holds the
+    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim]; queries, and keys
+    that it writes, are rotated by `angles` first. pages holds the
     block tables, that of each sequence from table_starts [sequences] on; rows and lengths are
     [sequences], slots [rows]; all int32. A sequence of length 0 attends nothing, and one of row -1
     is left out: both are padding. softcap 0 means none.
@@ -386,15 +435,17 @@ def decode(
     weights = torch.empty(sequences, heads, splits, dtype=torch.float32, device=query.device)
     padded_dim = max(16, triton.next_power_of_2(dim))
     tiling = decode_tiling(heads, kv_heads, dim)
+    cos, sin = (query, query) if angles is None else angles
+    early = launches_early(query.device)
     _decode[(kv_heads, sequences, splits)](
-        query, key, value, keys, values, pages, table_starts, rows, slots, lengths,
+        query, key, value, cos, sin, keys, values, pages, table_starts, rows, slots, lengths,
         partial, weights, out,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-        value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
+        value.stride(0), value.stride(1), cos.stride(0), out.stride(0), keys.stride(0),
         scaling, softcap, _UNBOUNDED if window is None else window,
         keys.shape[1], kv_heads, group, max(16, triton.next_power_of_2(group)),
-        dim, padded_dim, tiling.block, splits, softcap > 0, writes,
-        num_warps=4, num_stages=tiling.stages,
+        dim, padded_dim, tiling.block, splits, softcap > 0, angles is not None, writes, early,
+        num_warps=4, num_stages=tiling.stages, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
         _reduce[(sequences, heads)](
@@ -407,7 +458,9 @@ def decode(
             dim,
             padded_dim,
             splits,
+            early,
             num_warps=4,
+            launch_pdl=early,
         )
 
 
@@ -428,10 +481,12 @@ def attend_chunks(
     scaling: float,
     window: int | None,
     softcap: float,
+    angles: Angles | None = None,
 ) -> None:
     """Attend the rows of `sequences` [chunks], of which the longest has `longest` rows.
 
-    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim], the step's own; what
+    query and out are [rows, heads, dim], key and value [rows, kv_heads, dim], the step's own, as
+    pages hold them; queries are rotated by `angles` first. What
     lies before a chunk is read from pages. starts [all sequences + 1], lengths and table_starts
     [all sequences] are all int32 on the device.
     """
@@ -440,12 +495,13 @@ def attend_chunks(
     padded_dim = max(16, triton.next_power_of_2(dim))
     # Wide heads leave registers and shared memory for half as many rows.
     rows = 128 if longest > 64 and padded_dim <= 128 else 64
+    cos, sin = (query, query) if angles is None else angles
     _chunk[(heads, triton.cdiv(longest, rows), len(sequences))](
-        query, key, value, keys, values, pages, table_starts, sequences, starts, lengths, out,
-        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-        value.stride(0), value.stride(1), out.stride(0), keys.stride(0),
+        query, key, value, cos, sin, keys, values, pages, table_starts, sequences, starts, lengths,
+        out, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        value.stride(0), value.stride(1), cos.stride(0), out.stride(0), keys.stride(0),
         scaling, softcap, _UNBOUNDED if window is None else window,
         keys.shape[1], kv_heads, heads // kv_heads,
-        dim, padded_dim, rows, 64, softcap > 0, window is not None,
+        dim, padded_dim, rows, 64, softcap > 0, window is not None, angles is not None,
         num_warps=8 if rows == 128 else 4, num_stages=3 if padded_dim <= 128 else 2,
     )  # fmt: skip

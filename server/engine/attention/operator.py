@@ -8,22 +8,38 @@ with its engine.
 from __future__ import annotations
 
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from pruning.attention import AttentionForm
-from server.engine.attention import AttentionBackend
+from server.engine.attention.kernels import Angles
 from server.engine.operators import operator
 
-_backends: WeakValueDictionary[int, AttentionBackend] = WeakValueDictionary()
+
+class RotatingBackend(Protocol):
+    """A backend that may be left to rotate queries and keys."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm,
+        angles: Angles | None = None,
+    ) -> Tensor: ...
+
+
+_backends: WeakValueDictionary[int, RotatingBackend] = WeakValueDictionary()
 _handles = count()
 
 
 class OperatorAttend:
     """An `Attend` that a compiler leaves as it is."""
 
-    def __init__(self, backend: AttentionBackend) -> None:
+    def __init__(self, backend: RotatingBackend) -> None:
         self._backend = backend
         self._handle = next(_handles)
         _backends[self._handle] = backend
@@ -51,6 +67,11 @@ def attend(
     scaling: float,
     sliding_window: int | None,
     softcap: float | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
+    """Attend by the backend of this number. cos and sin, [1, rows, head_dim], are there where
+    queries and keys have not been rotated yet (compiling.py)."""
     form = AttentionForm(scaling, sliding_window, softcap)
-    return _backends[handle](layer, query, key, value, form)
+    angles = None if cos is None or sin is None else Angles(cos[0], sin[0])
+    return _backends[handle](layer, query, key, value, form, angles)

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
-from server.engine.attention.kernels import attend_chunks, decode, decode_tiling, write_pages
+from server.engine.attention.kernels import (
+    Angles,
+    attend_chunks,
+    decode,
+    decode_tiling,
+    write_pages,
+)
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
@@ -86,14 +92,20 @@ class PagedBackend:
         self._step = groups
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        form: AttentionForm,
+        angles: Angles | None = None,
     ) -> Tensor:
         step = self._step[self._group_of[layer]]
         assert step is not None, "a layer without attending rows was run"
         keys, values = self._views[layer]
         rows, key, value = _by_row(query), _by_row(key), _by_row(value)
         if step.chunks is not None:
-            key, value = write_pages(key, value, keys, values, step.slots)
+            key, value = write_pages(key, value, keys, values, step.slots, angles)
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         window, softcap = form.sliding_window, form.softcap or 0.0
         if (single := step.singles) is not None:
@@ -101,13 +113,14 @@ class PagedBackend:
                 rows, key, value, keys, values,
                 step.pages, single.table_starts, single.rows, step.slots, single.lengths, out,
                 writes=step.chunks is None, scaling=form.scaling, window=window, softcap=softcap,
-                splits=self._splits(single, rows),
+                splits=self._splits(single, rows), angles=angles,
             )  # fmt: skip
         if (chunk := step.chunks) is not None:
             attend_chunks(
                 rows, key, value, keys, values,
                 step.pages, chunk.table_starts, chunk.sequences, chunk.starts, chunk.lengths, out,
                 longest=chunk.longest, scaling=form.scaling, window=window, softcap=softcap,
+                angles=angles,
             )  # fmt: skip
         return out[None]
 
