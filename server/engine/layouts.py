@@ -258,18 +258,19 @@ class Chunks(_Common):
         padded = self._vectors.of(filled, self._STARTS)
         padded[sequences + 1] = ends
         padded[sequences] = starts
+        items: dict[tuple[int, int], Filled] = {}  # those of groups that all attend are the same
         for index, (group, tables) in enumerate(_with_tables(batch, self.size)):
             first, attending = self._of_group[index], sequences[: group.sequences]
             self._vectors.of(filled, first + self._SLOTS)[rows[: group.rows]] = group.slots
             self._vectors.of(filled, first + self._TABLES)[attending] = tables
             own = counts[: group.sequences]
             (chunk,), (single,) = (own > 1).nonzero(), (own == 1).nonzero()
-            room = self._most_items[index]
-            items = chunk_items(
-                sequences[chunk], own[chunk], batch.lengths[chunk], self._tiling, room
-            )
+            key = group.sequences, self._most_items[index]
+            if key not in items:
+                seen = batch.lengths[chunk]
+                items[key] = chunk_items(sequences[chunk], own[chunk], seen, self._tiling, key[1])
             for vector, values in (
-                (self._ITEMS, items.ravel()),
+                (self._ITEMS, items[key].ravel()),
                 (self._SINGLE_TABLES, tables[single]),
                 (self._SINGLE_ROWS, starts[single]),
                 (self._SINGLE_LENGTHS, batch.lengths[single]),

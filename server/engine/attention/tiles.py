@@ -90,22 +90,19 @@ def chunk_items(
     sequences are their numbers, counts their rows, all more than one, and lengths their tokens, all
     [chunks]. Parts come before whole tiles, those of a tile together, and each kind heaviest first.
     """
-    tiles = count_tiles(counts, tiling)
-    owner = np.repeat(np.arange(len(tiles)), tiles)
+    tiles = -(-counts // tiling.rows)
+    owner = np.arange(len(tiles)).repeat(tiles)
     first = _numbered(tiles) * tiling.rows
     own = counts[owner]
-    seen = lengths[owner] - own + np.minimum(first + tiling.rows, own)
-    blocks = -(-seen // BLOCK)
+    blocks = -(-(lengths[owner] - own + np.minimum(first + tiling.rows, own)) // BLOCK)
     parts = _parts(blocks, tiling, room)
     order = np.lexsort((-blocks, parts == 1))
     parts = parts[order]
-    tile = np.repeat(order, parts)
-    return np.stack(
-        [sequences[owner[tile]], first[tile], _numbered(parts), np.repeat(parts, parts)],
-        axis=1,
-        dtype=np.int32,
-        casting="same_kind",
-    )
+    tile = order.repeat(parts)
+    items = np.empty((len(tile), 4), dtype=np.int32)
+    items[:, 0], items[:, 1] = sequences[owner[tile]], first[tile]
+    items[:, 2], items[:, 3] = _numbered(parts), parts.repeat(parts)
+    return items
 
 
 def _parts(blocks: Ints, tiling: Tiling, room: int | None) -> Ints:
@@ -122,4 +119,5 @@ def _parts(blocks: Ints, tiling: Tiling, room: int | None) -> Ints:
 
 def _numbered(counts: Ints) -> Ints:
     """Return 0 to count - 1 for each count, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = counts.cumsum()
+    return np.arange(ends[-1] if len(ends) else 0) - (ends - counts).repeat(counts)
