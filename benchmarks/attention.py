@@ -1,11 +1,15 @@
 """One layer's attention over pages on a GPU, by splits, beside bandwidth and FlashInfer.
 
     python -m benchmarks.attention --heads 32/8,40/40 --batch 1,8,16,32,128 --context 2048
+    python -m benchmarks.attention --batch "" --chunks 1x32+1024,8x32+1024,32x64,1x2048
 
 Decode: one row a sequence. The ceiling is the bytes of keys and values over the copy bandwidth of
 this run; "chosen" is what the server's rule takes. Chunks: prompts, some of which go on after
-earlier chunks, against the matrix rate; whole ones also against torch's own kernels, which want
-keys and values side by side. FlashInfer's kernels run on the same pages where it is installed (it
+earlier chunks. Their ceiling is the longer of their bytes over the copy bandwidth and their
+operations over the matrix rate. "ours" is as a recorded step has it, places that stay empty
+included; beside it the same without those, and tiles of either height of which none is cut into
+parts. Whole prompts run by torch's own kernels too, which want keys and values side by side.
+FlashInfer's kernels run on the same pages where it is installed (it
 compiles them at first use, which is not counted; what it plans on the host each step is shown).
 
 With --kv-cache-dtype fp8, pages hold eight bits, and FlashInfer does not run.
@@ -27,8 +31,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,13 +42,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.inprocess import machine
-from benchmarks.roofline import Ceilings, copies_beyond_cache, graph_seconds, measure_ceilings
+from benchmarks.roofline import (
+    Ceilings,
+    Floor,
+    copies_beyond_cache,
+    graph_seconds,
+    measure_ceilings,
+)
 from server.engine.assembly import KvCacheDtype, kv_dtype
 from server.engine.attention import kernels
 from server.engine.attention.paged import choose_splits, multiprocessors
+from server.engine.attention.tiles import Tiling, choose_tiling, chunk_items, count_tiles
+from server.engine.graphs import CHUNK_SIZES
 
 _DIM, _PAGE = 128, 16
 _SPLITS = (1, 2, 4, 8, 16, 32)
+_TILE_ROWS = (64, 128)
 _REPEATS = 20
 _CHUNK = re.compile(r"(\d+)x(\d+)(?:\+(\d+))?")
 _TORCH = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
@@ -95,15 +110,23 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRow:
-    """Operations a second of whole prompts."""
+    """Microseconds of one layer, of all prompts together."""
 
     heads: str
     prompts: int
     tokens: int
     before: int
     """Tokens of each that earlier chunks have put into pages."""
-    ours: float
+    operations: float
     ceiling: float
+    tile_rows: int
+    items: int
+    places: int
+    """For items; more than there are where such a step is recorded."""
+    microseconds: float
+    unpadded: float
+    uncut: dict[int, float]
+    """By rows of a tile, of which none is cut into parts; unpadded."""
     torch: dict[str, float]
     """By torch's kernels, from contiguous keys and values; only where nothing came before."""
     flashinfer: float | None
@@ -150,7 +173,10 @@ def _chunk_sizes(text: str) -> tuple[int, int, int]:
     """Return prompts, tokens and tokens before of a text like 1x2048 or 1x2048+2048."""
     if (match := _CHUNK.fullmatch(text)) is None:
         raise typer.BadParameter(f"a chunk is written like 1x2048 or 1x2048+2048, not {text!r}")
-    return int(match[1]), int(match[2]), int(match[3] or 0)
+    prompts, tokens, before = int(match[1]), int(match[2]), int(match[3] or 0)
+    if not prompts or tokens < 2:
+        raise typer.BadParameter(f"{text} is no chunk: one prompt and two tokens are the least")
+    return prompts, tokens, before
 
 
 def _decode(
@@ -209,29 +235,89 @@ def _chunk(
     tables, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, before + tokens)
     out = torch.empty_like(query)
 
-    def attend(layer: int) -> None:
-        kernels.attend_chunks(
-            query, key, value, *pages.layer(layer),
-            pages.tables, tables, numbers, starts, lengths, out,
-            longest=tokens, scaling=_DIM**-0.5, window=None, softcap=0.0,
-        )  # fmt: skip
+    def ours(tiled: Tiled) -> float:
+        items = torch.from_numpy(tiled.items).cuda()
 
-    operations = 4 * heads.query * _DIM * prompts * tokens * (before + (tokens + 1) / 2)
-    theirs = _flashinfer_chunk(query, heads, pages, tokens)
+        def attend(layer: int) -> None:
+            kernels.attend_chunks(
+                query, key, value, *pages.layer(layer),
+                pages.tables, tables, items, starts, lengths, out,
+                tile_rows=tiled.tiling.rows, parts=tiled.parts,
+                scaling=_DIM**-0.5, window=None, softcap=0.0,
+            )  # fmt: skip
+
+        return _time(attend, pages)
+
+    chosen, unpadded = _as_served(heads, prompts, tokens, before, multiprocessors(query.device))
+    floor = _chunk_floor(heads, prompts, tokens, before, dtype.itemsize)
     return ChunkRow(
         heads=str(heads),
         prompts=prompts,
         tokens=tokens,
         before=before,
-        ours=operations / _time(attend, pages) * 1e6,
-        ceiling=ceilings.operations_per_second,
+        operations=floor.operations,
+        ceiling=floor.seconds(ceilings) * 1e6,
+        tile_rows=chosen.tiling.rows,
+        items=len(unpadded.items),
+        places=len(chosen.items),
+        microseconds=ours(chosen),
+        unpadded=ours(unpadded),
+        uncut={
+            height: ours(Tiled.of(prompts, tokens, before, Tiling(height, programs=0)))
+            for height in _TILE_ROWS
+        },
         torch={
-            kind.name: operations / _torch_chunk(query, key, value, prompts, kind) * 1e6
+            kind.name: _torch_chunk(query, key, value, prompts, kind)
             for kind in _TORCH
             if before == 0
         },
-        flashinfer=theirs and operations / theirs * 1e6,
+        flashinfer=_flashinfer_chunk(query, heads, pages, tokens),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """Chunks as the kernel gets them."""
+
+    tiling: Tiling
+    items: NDArray[np.int32]
+    parts: int
+    """Items that may be parts of tiles."""
+
+    @classmethod
+    def of(
+        cls, prompts: int, tokens: int, before: int, tiling: Tiling, room: int | None = None
+    ) -> Tiled:
+        numbers, counts = np.arange(prompts), np.full(prompts, tokens)
+        items = chunk_items(numbers, counts, counts + before, tiling, room)
+        return cls(tiling, items, int((items[:, 3] > 1).sum()))
+
+
+def _as_served(
+    heads: Heads, prompts: int, tokens: int, before: int, multiprocessors: int
+) -> tuple[Tiled, Tiled]:
+    """Return what a server gives the kernel, and that without places that stay empty: a step of the
+    least recorded size with room for it or, where there is none, one of its own size."""
+    rows = prompts * tokens
+    for size in (size for size in CHUNK_SIZES if size >= rows):
+        tiling = choose_tiling(size, heads.query, _DIM, multiprocessors)
+        room = tiling.most_items(size)
+        if count_tiles(np.full(prompts, tokens), tiling).sum() <= room:
+            tiled = Tiled.of(prompts, tokens, before, tiling, room)
+            empty = np.full((room - len(tiled.items), 4), -1, np.int32)
+            padded = np.concatenate([tiled.items, empty])
+            return Tiled(tiling, padded, min(room, tiling.most_parts)), tiled
+    tiling = choose_tiling(rows, heads.query, _DIM, multiprocessors)
+    tiled = Tiled.of(prompts, tokens, before, tiling)
+    return tiled, tiled
+
+
+def _chunk_floor(heads: Heads, prompts: int, tokens: int, before: int, kv_bytes: int) -> Floor:
+    """Return what chunks must move, queries, outputs and each key and value once, and compute."""
+    rows = prompts * tokens
+    moved = 2 * 2 * rows * _DIM * (heads.query + heads.kv)
+    moved += 2 * prompts * before * _DIM * heads.kv * kv_bytes
+    return Floor(moved, 4 * heads.query * _DIM * rows * (before + (tokens + 1) / 2))
 
 
 def _pages(heads: Heads, sequences: int, context: int, dtype: torch.dtype) -> Pages:
@@ -359,23 +445,31 @@ def _decode_table(rows: list[DecodeRow]) -> Table:
 
 
 def _chunk_table(rows: list[ChunkRow]) -> Table:
-    table = Table(title="prompts, TFLOP/s")
-    kinds = [kind.name for kind in _TORCH]
-    for name in ("heads", "prompts", "tokens", "before", "ours", "matrix rate", *kinds):
+    table = Table(title="chunks, microseconds a layer (TFLOP/s)")
+    kinds = [kind.name.removesuffix("_ATTENTION") for kind in _TORCH]
+    for name in ("heads", "chunks", "ceiling", "ours", "of ceiling", "tile rows", "items"):
         table.add_column(name, justify="right")
-    table.add_column("FlashInfer", justify="right")
+    for name in ("unpadded", *(f"{height}, uncut" for height in _TILE_ROWS), *kinds, "FlashInfer"):
+        table.add_column(name, justify="right")
     for row in rows:
-        peer = f"{row.flashinfer / 1e12:.0f}" if row.flashinfer else "-"
-        torchs = [f"{row.torch[k] / 1e12:.0f}" if k in row.torch else "-" for k in kinds]
+
+        def timed(microseconds: float | None, row: ChunkRow = row) -> str:
+            if microseconds is None:
+                return "-"
+            return f"{microseconds:.1f} ({row.operations / microseconds / 1e6:.0f})"
+
         table.add_row(
             row.heads,
-            str(row.prompts),
-            str(row.tokens),
-            str(row.before),
-            f"{row.ours / 1e12:.0f}",
-            f"{row.ceiling / 1e12:.0f}",
-            *torchs,
-            peer,
+            f"{row.prompts}x{row.tokens}" + (f"+{row.before}" if row.before else ""),
+            timed(row.ceiling),
+            timed(row.microseconds),
+            f"{row.microseconds / row.ceiling:.2f}x",
+            str(row.tile_rows),
+            f"{row.items} of {row.places}",
+            timed(row.unpadded),
+            *(timed(row.uncut[height]) for height in _TILE_ROWS),
+            *(timed(row.torch.get(kind.name)) for kind in _TORCH),
+            timed(row.flashinfer),
         )
     return table
 

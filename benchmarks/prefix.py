@@ -4,6 +4,11 @@
 
 Starts a server (or uses --url). Every repeat has a new beginning: one request computes it, another
 goes on differently after it, the same size and alone on the server too. The bar: 0.2.
+
+Where the second one's time goes is what /metrics says after it less what it said before::
+
+    client   |-- outside, there --|                                   |-- outside, back --|
+    engine                        |-- queue --|-- host --|  device  --|
 """
 
 from __future__ import annotations
@@ -13,23 +18,48 @@ import json
 import platform
 import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import ours, send
+from benchmarks.load import metric, ours, send
 from benchmarks.server import running_server
 from pruning.loading import EMBEDDED_MODEL
 
 BAR = 0.2
 VOCABULARY = 10_000
 """Token ids below this exist in any model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where the time to a first token goes, in seconds."""
+
+    outside: float
+    """Client, HTTP, tokens in and out: what the engine does not see."""
+    queue: float
+    """In the engine until it is scheduled, its beginning found."""
+    host: float
+    """From then to the token, less the device's time: layout and launch. On a CPU all of it."""
+    device: float
+    """By the device's own timestamps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two requests with one beginning, in seconds."""
+
+    first: float
+    second: float
+    cached_tokens: int
+    stages: Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +71,8 @@ class Row:
     second: float
     cached_tokens: int
     """Of the second request's prompt."""
+    stages: Stages
+    """Of the second request."""
 
     @property
     def ratio(self) -> float:
@@ -77,19 +109,54 @@ async def _measure(
     """Alternate the variants, so that a machine that drifts treats them alike. The first round, a
     warm-up, is left out."""
     draw = random.Random()  # new beginnings each time, also on a server that has seen others
-    rounds: dict[str, list[tuple[float, float, int]]] = {variant: [] for variant in variants}
+    rounds: dict[str, list[Pair]] = {variant: [] for variant in variants}
     for _ in range(repeats + 1):
         for variant in variants:
             beginning = _tokens(draw, shared)
             prompts = [beginning + _tokens(draw, own) for _ in range(2)]
-            first, second = [await send(ours(url, variant), prompt, 4) for prompt in prompts]
-            rounds[variant].append((first.first, second.first, second.cached_tokens))
+            rounds[variant].append(await _pair(url, variant, prompts))
     return [_row(variant, found[1:]) for variant, found in rounds.items()]
 
 
-def _row(variant: str, rounds: Sequence[tuple[float, float, int]]) -> Row:
-    first, second, cached = zip(*rounds, strict=True)
-    return Row(variant, statistics.median(first), statistics.median(second), min(cached))
+async def _pair(url: str, variant: str, prompts: Sequence[list[int]]) -> Pair:
+    """Send one request after the other, for one token each, so that the device runs one step."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        first = await send(ours(url, variant), prompts[0], 1)
+        before = (await client.get("/metrics")).text
+        second = await send(ours(url, variant), prompts[1], 1)
+        after = (await client.get("/metrics")).text
+    stages = _stages(before, after, variant, second.first)
+    return Pair(first.first, second.first, second.cached_tokens, stages)
+
+
+def _stages(before: str, after: str, variant: str, first_token: float) -> Stages:
+    """Return the stages of the one request between two texts of /metrics."""
+
+    def passed(name: str, label: str = f'variant="{variant}"') -> float:
+        name = f"attndrop_{name}"
+        return metric(after, name, label) - metric(before, name, label)
+
+    queue, prefill = passed("queue_time_seconds_sum"), passed("prefill_time_seconds_sum")
+    device = passed("device_busy_seconds_total", "")
+    return Stages(first_token - queue - prefill, queue, prefill - device, device)
+
+
+def _row(variant: str, pairs: Sequence[Pair]) -> Row:
+    def median(of: Callable[[Pair], float]) -> float:
+        return statistics.median(map(of, pairs))
+
+    return Row(
+        variant,
+        first=median(lambda pair: pair.first),
+        second=median(lambda pair: pair.second),
+        cached_tokens=min(pair.cached_tokens for pair in pairs),
+        stages=Stages(
+            outside=median(lambda pair: pair.stages.outside),
+            queue=median(lambda pair: pair.stages.queue),
+            host=median(lambda pair: pair.stages.host),
+            device=median(lambda pair: pair.stages.device),
+        ),
+    )
 
 
 def _tokens(draw: random.Random, count: int) -> list[int]:
@@ -97,8 +164,9 @@ def _tokens(draw: random.Random, count: int) -> list[int]:
 
 
 def _print(rows: Sequence[Row], shared: int, own: int) -> None:
-    table = Table(title=f"{shared} shared and {own} own prompt tokens; bar: {BAR}")
-    for heading in ("variant", "first TTFT ms", "second TTFT ms", "ratio", "cached tokens"):
+    table = Table(title=f"{shared} shared and {own} own prompt tokens, ms to the first; bar: {BAR}")
+    headings = ["variant", "first", "second", "ratio", "cached", *map(_of_second, fields(Stages))]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for row in rows:
         table.add_row(
@@ -107,8 +175,13 @@ def _print(rows: Sequence[Row], shared: int, own: int) -> None:
             f"{row.second * 1e3:.1f}",
             f"{row.ratio:.3f}" + ("" if row.ratio <= BAR else " !"),
             str(row.cached_tokens),
+            *(f"{seconds * 1e3:.2f}" for seconds in asdict(row.stages).values()),
         )
-    Console(width=100).print(table)
+    Console(width=120).print(table)
+
+
+def _of_second(stage: Field[float]) -> str:
+    return f"second: {stage.name}"
 
 
 if __name__ == "__main__":

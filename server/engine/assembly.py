@@ -175,7 +175,8 @@ def _runner(
     from server.engine.compiling import compile_layers
     from server.engine.graphs import StepGraphs, chunk_sizes_for
 
-    backend = PagedBackend(pool, layout, variants, kv_heads)
+    heads = int(base.model.config.num_attention_heads)
+    backend = PagedBackend(pool, layout, variants, heads, kv_heads)
     if config.enforce_eager:
         return ModelRunner(base.model, pool, backend, backend, last_tokens, overlaps=True)
     if pool.device.type == "cuda":

@@ -148,14 +148,22 @@ class StepGraphs:
         is_mixed = sum(count > 0 for count in batch.variant_sequences) > 1
         if len(batch.token_ids) > len(batch.sequences):
             sizes = self._mixed_chunk_sizes if is_mixed else self.chunk_sizes
-            shape = _padded(rows_by_variant(batch), sizes)
-            if shape is None or not Chunks.holds(batch, self._largest):
-                return None
-            return Recording(shape, chunks=True)
+            return self._chunk_recording(batch, sizes)
         if max(batch.variant_sequences) > self._largest:
             return None
         shape = _padded(batch.variant_sequences, MIXED_SIZES if is_mixed else SIZES)
         return None if shape is None else Recording(shape, chunks=False)
+
+    def _chunk_recording(self, batch: Batch, sizes: Sequence[int]) -> Recording | None:
+        """Return the least of these sizes that has room for the batch's rows and for its tiles, as
+        many short prompts have more of them than rows."""
+        rows = rows_by_variant(batch)
+        for least in range(len(sizes)):
+            if (shape := _padded(rows, sizes[least:])) is None:
+                break
+            if self._chunks(shape).holds(batch):
+                return Recording(shape, chunks=True)
+        return None
 
     @property
     def _mixed_chunk_sizes(self) -> list[int]:
@@ -163,8 +171,11 @@ class StepGraphs:
 
     def _layout(self, recording: Recording) -> Layout:
         if recording.chunks:
-            return Chunks(recording.shape, self._variants, self._largest)
+            return self._chunks(recording.shape)
         return SingleRows(recording.shape, self._variants)
+
+    def _chunks(self, shape: Shape) -> Chunks:
+        return Chunks(shape, self._variants, self._largest, self._backend.tiling(sum(shape)))
 
     def _record(self, recording: Recording) -> _Recorded:
         layout = self._layout(recording)

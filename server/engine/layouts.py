@@ -25,14 +25,12 @@ from torch import Tensor
 from pruning.variants import Variants
 from server.engine.attention.paged import Chunks as ChunkStep
 from server.engine.attention.paged import GroupStep, Singles
+from server.engine.attention.tiles import Tiling, chunk_items, count_tiles
 from server.engine.batch import Batch, GroupRows, attending_by_group, by_layer, mlp_rows
 from server.engine.transfer import aligned_starts
 
 Shape = tuple[int, ...]
 """Padded rows of each variant."""
-
-MOST_CHUNKS = 16
-"""Sequences of more than one row in a recorded step."""
 
 Ints = NDArray[np.int64]
 Filled = NDArray[np.int32]
@@ -198,32 +196,41 @@ class Chunks(_Common):
         sequences   [ a b c . . . . . . . . | d e . . . ]
         starts        0 4 5 7 ...             10 12 13 ...
 
-    Sequences of one row and of more are listed apart for attention, each list padded: the first
-    with sequences that have no row (-1), the second with an empty one.
+    Sequences of one row and tiles of those of more are listed apart for attention, each list padded
+    with -1.
     """
 
     _LOGIT_ROWS, _LENGTHS, _STARTS = 3, 4, 5
-    _SLOTS, _TABLES, _CHUNKS, _SINGLE_TABLES, _SINGLE_ROWS, _SINGLE_LENGTHS = range(6)
+    _SLOTS, _TABLES, _ITEMS, _SINGLE_TABLES, _SINGLE_ROWS, _SINGLE_LENGTHS = range(6)
     """Vectors of a group, after those."""
 
-    def __init__(self, shape: Shape, variants: Variants, most_sequences: int) -> None:
+    def __init__(
+        self, shape: Shape, variants: Variants, most_sequences: int, tiling: Tiling
+    ) -> None:
+        """tiling is that of steps of as many rows as the shape has."""
+        self._most_sequences, self._tiling = most_sequences, tiling
         self._held = tuple(min(rows, most_sequences) for rows in shape)
         self._first_logits = [0, *accumulate(self._held)]
         self._first_sequences = [0, *accumulate(held + 1 for held in self._held)]
-        self._longest_chunk = max(shape)
         sequences = self._first_sequences[-1]
         singles = attending_by_group(variants, self._held)
         self._of_group = range(6, 6 + 6 * len(singles), 6)
         sizes = [sum(self._held), sequences, sequences + 1]
-        for rows, single in zip(attending_by_group(variants, shape), singles, strict=True):
-            sizes += [rows, sequences, MOST_CHUNKS, single, single, single]
+        group_rows = attending_by_group(variants, shape)
+        self._most_items = [tiling.most_items(rows) for rows in group_rows]
+        for rows, items, single in zip(group_rows, self._most_items, singles, strict=True):
+            sizes += [rows, sequences, 4 * items, single, single, single]
         super().__init__(shape, variants, sizes)
 
-    @staticmethod
-    def holds(batch: Batch, most_sequences: int) -> bool:
-        """Return whether a batch whose rows fit a shape has no more sequences than that."""
-        chunks = int((np.diff(batch.query_starts) > 1).sum())
-        return chunks <= MOST_CHUNKS and max(batch.variant_sequences) <= most_sequences
+    def holds(self, batch: Batch) -> bool:
+        """Return whether there is room for a batch whose rows fit the shape."""
+        if max(batch.variant_sequences) > self._most_sequences:
+            return False
+        tiles = np.cumsum(count_tiles(np.diff(batch.query_starts), self._tiling))
+        return all(
+            not group.sequences or tiles[group.sequences - 1] <= most
+            for group, most in zip(batch.groups, self._most_items, strict=True)
+        )
 
     def rows(self, batch: Batch) -> Ints:
         return _places(self._first_rows, rows_by_variant(batch))
@@ -235,7 +242,7 @@ class Chunks(_Common):
         filled = self._blank()
         for first in self._of_group:
             self._vectors.of(filled, first + self._SLOTS)[:] = -1
-            self._vectors.of(filled, first + self._CHUNKS)[:] = self._first_sequences[-1] - 1
+            self._vectors.of(filled, first + self._ITEMS)[:] = -1
             self._vectors.of(filled, first + self._SINGLE_ROWS)[:] = -1
         return filled
 
@@ -251,14 +258,19 @@ class Chunks(_Common):
         padded = self._vectors.of(filled, self._STARTS)
         padded[sequences + 1] = ends
         padded[sequences] = starts
+        items: dict[tuple[int, int], Filled] = {}  # those of groups that all attend are the same
         for index, (group, tables) in enumerate(_with_tables(batch, self.size)):
             first, attending = self._of_group[index], sequences[: group.sequences]
             self._vectors.of(filled, first + self._SLOTS)[rows[: group.rows]] = group.slots
             self._vectors.of(filled, first + self._TABLES)[attending] = tables
             own = counts[: group.sequences]
             (chunk,), (single,) = (own > 1).nonzero(), (own == 1).nonzero()
+            key = group.sequences, self._most_items[index]
+            if key not in items:
+                seen = batch.lengths[chunk]
+                items[key] = chunk_items(sequences[chunk], own[chunk], seen, self._tiling, key[1])
             for vector, values in (
-                (self._CHUNKS, sequences[chunk]),
+                (self._ITEMS, items[key].ravel()),
                 (self._SINGLE_TABLES, tables[single]),
                 (self._SINGLE_ROWS, starts[single]),
                 (self._SINGLE_LENGTHS, batch.lengths[single]),
@@ -271,11 +283,13 @@ class Chunks(_Common):
 
     def bind(self, inputs: Tensor, longest: int) -> list[GroupStep | None]:
         return [
-            self._bind(inputs, first, longest) if rows else None
-            for first, rows in zip(self._of_group, self._group_rows, strict=True)
+            self._bind(inputs, first, items, longest) if rows else None
+            for first, items, rows in zip(
+                self._of_group, self._most_items, self._group_rows, strict=True
+            )
         ]
 
-    def _bind(self, inputs: Tensor, first: int, longest: int) -> GroupStep:
+    def _bind(self, inputs: Tensor, first: int, items: int, longest: int) -> GroupStep:
         return GroupStep(
             slots=self._vectors.view(inputs, first + self._SLOTS),
             pages=inputs,
@@ -286,11 +300,12 @@ class Chunks(_Common):
                 longest=longest,
             ),
             chunks=ChunkStep(
-                sequences=self._vectors.view(inputs, first + self._CHUNKS),
+                items=self._vectors.view(inputs, first + self._ITEMS).view(items, 4),
                 table_starts=self._vectors.view(inputs, first + self._TABLES),
                 starts=self._vectors.view(inputs, self._STARTS),
                 lengths=self._vectors.view(inputs, self._LENGTHS),
-                longest=self._longest_chunk,
+                tile_rows=self._tiling.rows,
+                parts=min(items, self._tiling.most_parts),
             ),
         )
 

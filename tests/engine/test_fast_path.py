@@ -16,7 +16,9 @@ from pruning.families import FAMILIES
 from pruning.projections import MergedProjection, merge_projections
 from pruning.sublayers import wrap
 from pruning.variants import Variant, Variants
+from server.engine.attention.tiles import Tiling, choose_tiling
 from server.engine.engine import Engine
+from server.engine.graphs import CHUNK_SIZES, chunk_sizes_for
 from server.engine.layouts import Chunks, SingleRows
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Limits
@@ -87,6 +89,34 @@ def test_prompts_in_recorded_steps_give_the_reference_tokens() -> None:
     for request in requests:
         model = silenced(tiny_model("gemma2", layers=LAYERS).double(), DROPPED[request.variant])
         assert recorder(request).tokens == greedy(model, request.prompt, 5)
+
+
+def test_many_short_prompts_go_into_one_recorded_step() -> None:
+    """More of them than a step of so few rows has room for: the next larger one has."""
+    limits = Limits(tokens_per_step=64, running=20)
+    engine = fast_engine(VARIANTS, limits=limits, pages=100, chunk_sizes=(64, 256))
+    recorded = engine._runner._graphs._recorded
+    prompts = [prompt_of(seed, 2 + seed % 3) for seed in range(20)]
+    assert sum(map(len, prompts)) < 64
+    assert len(prompts) > choose_tiling(64, 4, 16, 132).most_items(64)
+    requests = [new.request(prompt, "pruned", max_tokens=2) for prompt in prompts]
+    finish(engine, requests)
+    engine.stop()
+    assert [each.shape for each in recorded if each.chunks] == [(0, 0, 256)]
+    model = silenced(tiny_model(layers=LAYERS).double(), DROPPED["pruned"])
+    for request in requests:
+        assert recorder(request).tokens == greedy(model, request.prompt, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [(1, (64,)), (64, (64,)), (65, (64, 256)), (512, (64, 256, 512)), (2048, None), (8192, None)],
+)
+def test_steps_are_recorded_up_to_the_first_size_that_holds_all_tokens(
+    tokens: int, sizes: tuple[int, ...] | None
+) -> None:
+    """None: all sizes, of which the last may be too small."""
+    assert chunk_sizes_for(tokens) == (sizes or CHUNK_SIZES)
 
 
 def test_shared_beginnings_in_recorded_steps_give_the_reference_tokens() -> None:
@@ -178,7 +208,7 @@ def test_a_recorded_step_of_a_variant_has_no_rows_in_what_it_drops() -> None:
     layout = SingleRows((0, 0, 4), VARIANTS)  # full, light, pruned
     assert layout.attending_rows == [0 if i in DROPPED["pruned"] else 4 for i in range(LAYERS)]
     mixed = SingleRows((2, 0, 4), VARIANTS)
-    chunks = Chunks((2, 0, 4), VARIANTS, most_sequences=4)
+    chunks = Chunks((2, 0, 4), VARIANTS, most_sequences=4, tiling=Tiling(64, 0))
     assert chunks.attending_rows == mixed.attending_rows
     assert mixed.attending_rows == [2 if i in DROPPED["pruned"] else 6 for i in range(LAYERS)]
 

@@ -18,6 +18,7 @@ from server.engine.attention.kernels import Angles
 from server.engine.attention.paged import PagedBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
+from server.engine.layouts import Chunks
 from server.engine.pages import PagePool, page_layout
 from server.engine.scheduler import Limits, Scheduler
 from tests.engine.interpreter import round_to_nearest_even
@@ -79,7 +80,7 @@ def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     variants = tiny_variants(8, pruned={2, 3, 5})
     layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
     pool = torch.randn(200, layout.page_elements, dtype=DTYPE, device=DEVICE)
-    paged = PagedBackend(pool.clone(), layout, variants, kv_heads)
+    paged = PagedBackend(pool.clone(), layout, variants, heads, kv_heads)
     reference = SdpaBackend(pool.double(), layout, variants, kv_heads)
     batch = mixed_batch(variants, layout, 200)
     assert len({int(count) for count in batch.lengths}) > 4
@@ -107,7 +108,7 @@ def test_paged_rotates_queries_and_keys(
     layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
     pool = torch.randn(200, layout.page_elements, device=DEVICE).to(dtype)
     exact = pool.double()
-    paged = PagedBackend(pool, layout, variants, kv_heads)
+    paged = PagedBackend(pool, layout, variants, heads, kv_heads)
     reference = SdpaBackend(exact, layout, variants, kv_heads)
     for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
         for backend in (paged, reference):
@@ -140,7 +141,7 @@ def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
     layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
     pool = torch.randn(200, layout.page_elements, device=DEVICE).to(E4M3)
     exact = pool.double()
-    paged = PagedBackend(pool, layout, variants, kv_heads)
+    paged = PagedBackend(pool, layout, variants, heads, kv_heads)
     reference = SdpaBackend(exact, layout, variants, kv_heads)
     for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
         for backend in (paged, reference):
@@ -156,6 +157,46 @@ def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
             assert torch.isfinite(got).all()
             assert (got - expected).norm() / expected.norm() < 5e-3
         assert torch.equal(pool.view(torch.uint8), packed(exact))
+
+
+@pytest.mark.parametrize("form", ["plain", "odd heads, window"])
+def test_one_recorded_shape_serves_chunks_after_any_context(form: str) -> None:
+    """A prompt's first chunk, whose tiles are whole, and later ones, whose tiles are cut."""
+    heads, kv_heads, dim, shape = FORMS[form]
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(200, layout.page_elements, dtype=DTYPE, device=DEVICE)
+    paged = PagedBackend(pool.clone(), layout, variants, heads, kv_heads)
+    reference = SdpaBackend(pool.double(), layout, variants, kv_heads)
+    scheduler = Scheduler(Limits(tokens_per_step=100), variants, layout, PagePool(200))
+    for length, variant in ((3, "full"), (900, "full"), (30, "pruned")):
+        scheduler.add(new.request([5] * length, variant))
+    recorded = Chunks((104, 40), variants, 16, paged.tiling(144))
+    size = recorded.size + 1000
+    cut = []
+    for step in range(9):
+        batch = build_batch(scheduler.schedule(), variants, layout)
+        filled = torch.from_numpy(recorded.fill(batch, batch.sources))
+        inputs = torch.zeros(size, dtype=torch.int32, device=DEVICE)
+        inputs[: len(filled)] = filled
+        bound = recorded.bind(inputs, longest=1000)
+        cut.append(max(int(g.chunks.items[:, 3].max()) for g in bound if g and g.chunks) > 1)
+        paged.bind(bound)
+        reference.prepare(batch)
+        places = torch.from_numpy(recorded.rows(batch)).to(DEVICE)
+        for layer in LAYERS if step in (0, 1, 8) else ():
+            padded, real = recorded.attending_rows[layer], batch.attending_rows[layer]
+            qkv = list(queries_keys_values(heads, kv_heads, padded, dim))
+            own = [x[:, :, places[:real]].double() for x in qkv]
+            got = paged(layer, *qkv, shape)[:, places[:real]].double()
+            expected = reference(layer, *own, shape)
+            assert torch.isfinite(got).all()
+            assert (got - expected).norm() / expected.norm() < 5e-3
+        scheduler.advance(batch.sequences)
+        for index in batch.sampled:
+            batch.sequences[index].request.output.append(7)
+    assert not cut[0]
+    assert cut[8]
 
 
 def test_a_cpu_gets_the_reference() -> None:

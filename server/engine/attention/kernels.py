@@ -4,13 +4,14 @@
     decode   sequences with one row, whose key and value it may write as well: split over the
              sequence, so that few sequences fill the device too (Flash-Decoding, Dao et al. 2023),
              then a reduction over the splits
-    chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691)
+    chunk    sequences with more rows: causal FlashAttention-2 (Dao, arXiv 2307.08691) over tiles of
+             rows, of which those that see much are split over their tokens as well (tiles.py)
 
 Rotary embeddings, sliding windows and soft-capping are parts of the kernels. A page may hold any
 number of tokens. Pages in eight bits (eight_bits.py) are converted to the queries' dtype as they
 are read, and no query sees a key or value that was not rounded to them.
-Lengths and tables are read on the device and nothing is planned on the host, so a captured CUDA
-graph stays valid for every step of its shape.
+Lengths, tables and the list of tiles are read on the device, so a captured CUDA graph stays valid
+for every step of its shape.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from server.engine.attention.eight_bits import E4M3, LARGEST
+from server.engine.attention.tiles import BLOCK
 from server.engine.early import launches_early, let_next_start, wait_for_previous
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(LARGEST)
 _UNBOUNDED = 1 << 30
 """A window that sees everything."""
+_JOINED_ROWS = 16
+"""Rows of a tile that one program joins the parts of."""
 
 
 @triton.jit
@@ -268,25 +272,25 @@ def _fold(
 
 @triton.jit
 def _chunk(
-    query, key, value, cos, sin, keys, values, pages, table_starts, sequences, starts, lengths, out,
-    query_row, query_head, key_row, key_head, value_row, value_head, angle_row, out_row,
-    page_stride,
-    scaling, softcap, window,
+    query, key, value, cos, sin, keys, values, pages, table_starts, items, starts, lengths,
+    partial, weights, out, query_row, query_head, key_row, key_head, value_row, value_head,
+    angle_row, out_row, page_stride, scaling, softcap, window,
     TOKENS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, ROTATES: tl.constexpr,
+    CAPPED: tl.constexpr, WINDOWED: tl.constexpr, ROTATES: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one sequence and head over the tokens they may see: those before
-    the chunk, from pages, then those of the chunk, from the step's rows, which lie together."""
+    """One program: one head of an item, ROWS rows of one sequence over the tokens they may see or,
+    where tiles are CUT, a part of those: tokens before the chunk come from pages, those of the
+    chunk from the step's rows, which lie together."""
+    # Neighbours in time are heads of one item, which read the same tokens.
     head, kv_head = tl.program_id(0), tl.program_id(0) // GROUP
-    sequence = tl.load(sequences + tl.program_id(2))
+    item = items + tl.program_id(1) * 4
+    sequence = tl.load(item)
+    if sequence < 0:
+        return
+    first = tl.load(item + 1)
     start = tl.load(starts + sequence)
     count = tl.load(starts + sequence + 1) - start
-    # The last rows see the most tokens: they go first. Neighbours in time are heads of one tile,
-    # which read the same tokens.
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
-    if first >= count:
-        return
     table = pages + tl.load(table_starts + sequence)
     before = tl.load(lengths + sequence) - count
     local = first + tl.arange(0, ROWS)
@@ -304,42 +308,99 @@ def _chunk(
     factor = scaling * _LOG2E
     if CAPPED:
         factor = _LOG2E
-    # In each part, whole blocks that all rows see come first, if nothing limits how far back.
-    in_pages, in_chunk, seen_by_all = 0, 0, before // BLOCK * BLOCK
-    own_by_all = (first + 1) // BLOCK * BLOCK
+    # Tokens from begin to stop, counted from the sequence's first one.
+    begin, stop = 0, before + tl.minimum(first + ROWS, count)
     if WINDOWED:
-        in_pages = tl.maximum(before + first - window + 1, 0) // BLOCK * BLOCK
-        in_chunk = tl.maximum(first - window + 1, 0) // BLOCK * BLOCK
-        seen_by_all, own_by_all = in_pages, in_chunk
+        begin = tl.maximum(before + first - window + 1, 0) // BLOCK * BLOCK
+    part, parts = 0, 1
+    if CUT:
+        part, parts = tl.load(item + 2), tl.load(item + 3)
+        share = tl.cdiv(tl.cdiv(stop - begin, BLOCK), parts) * BLOCK
+        begin += part * share
+        stop = tl.minimum(stop, begin + share)
+    paged_stop, own_begin = before, 0
+    if CUT:
+        paged_stop = tl.minimum(before, stop)
+    if CUT or WINDOWED:
+        own_begin = tl.maximum(begin - before, 0)
+    own_stop = stop - before
+    # In each half, whole blocks that all rows see come first, if nothing limits how far back.
+    seen_by_all, own_by_all = begin, own_begin
+    if not WINDOWED:
+        seen_by_all += tl.maximum(paged_stop - begin, 0) // BLOCK * BLOCK
+        own_by_all += tl.maximum(tl.minimum(first + 1, own_stop) - own_begin, 0) // BLOCK * BLOCK
     keys, values = keys + kv_head * DIM, values + kv_head * DIM
     key += start * key_row + kv_head * key_head
     value += start * value_row + kv_head * value_head
     width = KV_HEADS * DIM
     if not WINDOWED:
         acc, total, highest = _fold(
-            acc, total, highest, q, keys, values, table, in_pages, seen_by_all, before,
+            acc, total, highest, q, keys, values, table, begin, seen_by_all, paged_stop,
             before + local, width, width, page_stride, factor, scaling, softcap, window,
             TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, False,
         )  # fmt: skip
     acc, total, highest = _fold(
-        acc, total, highest, q, keys, values, table, seen_by_all, before, before,
+        acc, total, highest, q, keys, values, table, seen_by_all, paged_stop, paged_stop,
         before + local, width, width, page_stride, factor, scaling, softcap, window,
         TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, True,
     )  # fmt: skip
     if not WINDOWED:
         acc, total, highest = _fold(
-            acc, total, highest, q, key, value, table, in_chunk, own_by_all, count,
+            acc, total, highest, q, key, value, table, own_begin, own_by_all, own_stop,
             local, key_row, value_row, page_stride, factor, scaling, softcap, window,
             TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, False,
         )  # fmt: skip
-    end = tl.minimum(first + ROWS, count)
     acc, total, highest = _fold(
-        acc, total, highest, q, key, value, table, own_by_all, end, count,
+        acc, total, highest, q, key, value, table, own_by_all, own_stop, own_stop,
         local, key_row, value_row, page_stride, factor, scaling, softcap, window,
         TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, True,
     )  # fmt: skip
-    joined = acc / tl.where(total > 0, total, 1.0)[:, None]
-    target = out + at_row * out_row + head * DIM + dim[None, :]
+    safe = tl.where(total > 0, total, 1.0)
+    joined = acc / safe[:, None]
+    if parts == 1:
+        target = out + at_row * out_row + head * DIM + dim[None, :]
+        tl.store(target, joined.to(out.dtype.element_ty), valid)
+    else:
+        slot = (tl.program_id(1) * KV_HEADS * GROUP + head) * ROWS + tl.arange(0, ROWS)
+        tl.store(partial + slot[:, None] * DIM + dim[None, :], joined, valid)
+        weight = tl.where(total > 0, highest + tl.log2(safe), float("-inf"))
+        tl.store(weights + slot, weight, local < count)
+
+
+@triton.jit
+def _join(
+    partial, weights, items, starts, out, out_row,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
+    JOINED: tl.constexpr,
+):  # fmt: skip
+    """One program: JOINED rows of one head of a tile that was cut, its parts weighted by their
+    share of the softmax. Only that of a tile's first part, which the others follow, does it."""
+    head, number = tl.program_id(0), tl.program_id(1)
+    item = items + number * 4
+    sequence, part, parts = tl.load(item), tl.load(item + 2), tl.load(item + 3)
+    if (sequence < 0) | (part > 0) | (parts == 1):
+        return
+    start = tl.load(starts + sequence)
+    count = tl.load(starts + sequence + 1) - start
+    place = tl.program_id(2) * JOINED + tl.arange(0, JOINED)
+    local = tl.load(item + 1) + place
+    dim = tl.arange(0, DIM_PADDED)
+    exists = local < count
+    valid = exists[:, None] & (dim < DIM)[None, :]
+    most = tl.full([JOINED], -1e30, tl.float32)
+    whole = tl.zeros([JOINED], tl.float32)
+    acc = tl.zeros([JOINED, DIM_PADDED], tl.float32)
+    for at in range(number, number + parts):
+        slot = (at * HEADS + head) * ROWS + place
+        weight = tl.load(weights + slot, exists, float("-inf"))
+        result = tl.load(partial + slot[:, None] * DIM + dim[None, :], valid, 0.0)
+        risen = tl.maximum(most, weight)
+        fade, weight = tl.exp2(most - risen), tl.exp2(weight - risen)
+        acc = acc * fade[:, None] + result * weight[:, None]
+        whole = whole * fade + weight
+        most = risen
+    joined = acc / tl.where(whole > 0, whole, 1.0)[:, None]
+    target = out + (start + local)[:, None] * out_row + head * DIM + dim[None, :]
     tl.store(target, joined.to(out.dtype.element_ty), valid)
 
 
@@ -472,18 +533,20 @@ def attend_chunks(
     values: Tensor,
     pages: Tensor,
     table_starts: Tensor,
-    sequences: Tensor,
+    items: Tensor,
     starts: Tensor,
     lengths: Tensor,
     out: Tensor,
     *,
-    longest: int,
+    tile_rows: int,
+    parts: int,
     scaling: float,
     window: int | None,
     softcap: float,
     angles: Angles | None = None,
 ) -> None:
-    """Attend the rows of `sequences` [chunks], of which the longest has `longest` rows.
+    """Attend the rows of chunks by `items` [items, 4] of tiles.py, made for tiles of `tile_rows`
+    rows; only the first `parts` of them may be parts of tiles. Sequence -1 is padding.
 
     query and out are [rows, heads, dim], key and value [rows, kv_heads, dim], the step's own, as
     pages hold them; queries are rotated by `angles` first. What
@@ -493,15 +556,22 @@ def attend_chunks(
     heads, dim = query.shape[1], query.shape[2]
     kv_heads = keys.shape[2]
     padded_dim = max(16, triton.next_power_of_2(dim))
-    # Wide heads leave registers and shared memory for half as many rows.
-    rows = 128 if longest > 64 and padded_dim <= 128 else 64
     cos, sin = (query, query) if angles is None else angles
-    _chunk[(heads, triton.cdiv(longest, rows), len(sequences))](
-        query, key, value, cos, sin, keys, values, pages, table_starts, sequences, starts, lengths,
-        out, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+    partial = torch.empty(parts, heads, tile_rows, dim, dtype=torch.float32, device=query.device)
+    weights = torch.empty(parts, heads, tile_rows, dtype=torch.float32, device=query.device)
+    _chunk[(heads, len(items))](
+        query, key, value, cos, sin, keys, values, pages, table_starts, items, starts, lengths,
+        partial, weights, out,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
         value.stride(0), value.stride(1), cos.stride(0), out.stride(0), keys.stride(0),
         scaling, softcap, _UNBOUNDED if window is None else window,
         keys.shape[1], kv_heads, heads // kv_heads,
-        dim, padded_dim, rows, 64, softcap > 0, window is not None, angles is not None,
-        num_warps=8 if rows == 128 else 4, num_stages=3 if padded_dim <= 128 else 2,
+        dim, padded_dim, tile_rows, BLOCK, softcap > 0, window is not None,
+        angles is not None, parts > 0,
+        num_warps=8 if tile_rows == 128 else 4, num_stages=3 if padded_dim <= 128 else 2,
     )  # fmt: skip
+    if parts:
+        _join[(heads, parts, tile_rows // _JOINED_ROWS)](
+            partial, weights, items, starts, out, out.stride(0),
+            heads, dim, padded_dim, tile_rows, _JOINED_ROWS, num_warps=4,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
 """The backend for CUDA devices: attention straight from the page pool, by Triton kernels.
 
 Needs a CUDA device and Triton, which comes with torch's CUDA builds. Sequences with one row are
-attended by the split decode kernel, longer chunks by the chunk kernel; nothing is copied out of
-the pages, and nothing is planned on the host.
+attended by the split decode kernel, longer chunks by the chunk kernel, tile by tile (tiles.py);
+nothing is copied out of the pages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from server.engine.attention.kernels import (
     decode_tiling,
     write_pages,
 )
+from server.engine.attention.tiles import Tiling, choose_tiling, chunk_items
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
 from server.engine.pages import PageLayout
@@ -50,15 +52,17 @@ class Singles:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """The sequences with more rows; vectors of int32 on the device."""
+    """The sequences with more rows; int32 on the device."""
 
-    sequences: Tensor
+    items: Tensor
+    """[items, 4] as tiles.py makes them; sequence -1 for padding."""
     table_starts: Tensor
     """Of all sequences, and so the next two."""
     starts: Tensor
     lengths: Tensor
-    longest: int
-    """Rows of the longest chunk."""
+    tile_rows: int
+    parts: int
+    """No more than the first so many items are parts of tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +80,13 @@ class GroupStep:
 class PagedBackend:
     """Attention over pages without gathering."""
 
-    def __init__(self, pool: Tensor, layout: PageLayout, variants: Variants, kv_heads: int) -> None:
+    def __init__(
+        self, pool: Tensor, layout: PageLayout, variants: Variants, heads: int, kv_heads: int
+    ) -> None:
         """pool is [pages, page_elements] in the model's dtype or E4M3, on a CUDA device."""
         self._views = layer_views(pool, layout, variants, kv_heads)
         self._group_of = variants.group_of_layer
+        self._heads = heads
         self._kv_heads = kv_heads
         self._device = pool.device
         self._step: Sequence[GroupStep | None] = ()
@@ -90,6 +97,11 @@ class PagedBackend:
     def bind(self, groups: Sequence[GroupStep | None]) -> None:
         """Attend by these device tensors from now on, one entry per layer group."""
         self._step = groups
+
+    def tiling(self, rows: int) -> Tiling:
+        """Return how chunks are tiled in steps of so many rows, padding included."""
+        keys, _ = next(iter(self._views.values()))
+        return choose_tiling(rows, self._heads, keys.shape[-1], multiprocessors(self._device))
 
     def __call__(
         self,
@@ -118,9 +130,9 @@ class PagedBackend:
         if (chunk := step.chunks) is not None:
             attend_chunks(
                 rows, key, value, keys, values,
-                step.pages, chunk.table_starts, chunk.sequences, chunk.starts, chunk.lengths, out,
-                longest=chunk.longest, scaling=form.scaling, window=window, softcap=softcap,
-                angles=angles,
+                step.pages, chunk.table_starts, chunk.items, chunk.starts, chunk.lengths, out,
+                tile_rows=chunk.tile_rows, parts=chunk.parts,
+                scaling=form.scaling, window=window, softcap=softcap, angles=angles,
             )  # fmt: skip
         return out[None]
 
@@ -135,11 +147,13 @@ class PagedBackend:
         counts = starts[1 : group.sequences + 1] - starts[: group.sequences]
         (single,), (chunk,) = (counts == 1).nonzero(), (counts > 1).nonzero()
         tables = group.table_starts[:-1]
+        tiling = self.tiling(len(batch.token_ids))
+        items = chunk_items(chunk, counts[chunk], lengths[chunk], tiling)
         slots, pages, *rest = upload_together(
             [
                 group.slots, group.pages,
                 tables[single], starts[single], lengths[single],
-                chunk, tables, starts, lengths,
+                items.ravel(), tables, starts, lengths,
             ],
             self._device,
         )  # fmt: skip
@@ -148,9 +162,9 @@ class PagedBackend:
             table_starts, rows, seen = rest[:3]
             singles = Singles(table_starts, rows, seen, longest=int(lengths[single].max()))
         if len(chunk):
-            sequences, table_starts, firsts, seen = rest[3:]
-            longest = int(counts[chunk].max())
-            chunks = Chunks(sequences, table_starts, firsts, seen, longest)
+            uploaded, table_starts, firsts, seen = rest[3:]
+            parts = int(np.count_nonzero(items[:, 3] > 1))
+            chunks = Chunks(uploaded.view(-1, 4), table_starts, firsts, seen, tiling.rows, parts)
         return GroupStep(slots, pages, singles, chunks)
 
 
