@@ -87,7 +87,7 @@ def test_every_row_is_in_one_tile_and_every_tile_is_whole() -> None:
         assert parted == sorted(parted, reverse=True)
         assert sum(parted) <= tiling.most_parts
         cut += any(parted)
-    assert cut > 50
+    assert cut > 30
 
 
 def test_tiles_that_see_most_go_first() -> None:
@@ -108,7 +108,7 @@ def test_few_rows_after_much_are_cut_into_equal_shares() -> None:
 @pytest.mark.parametrize("rows", [64, 256, 512, 768, 1024, 1536, 2048])
 def test_a_recorded_step_has_room_for_many_prompts(rows: int) -> None:
     tiling = choose_tiling(rows, 32, 128, H100)
-    assert (tiling.rows, tiling.programs) == ((64, 8) if rows <= 512 else (128, 0))
+    assert (tiling.rows, tiling.programs) == (64, 8 if rows <= 256 else 0)
     prompts = {64: 16, 256: 32}.get(rows, 64)
     lengths = np.full(prompts, rows // prompts) + np.where(np.arange(prompts) % 2, 1, -1)
     assert lengths.sum() == rows
@@ -116,9 +116,18 @@ def test_a_recorded_step_has_room_for_many_prompts(rows: int) -> None:
     assert count_tiles(np.array([rows]), tiling).sum() <= tiling.most_items(rows)
 
 
-def test_wide_heads_have_low_tiles() -> None:
-    assert choose_tiling(2048, 32, 256, H100) == Tiling(64, 0)
+def test_wide_heads_run_one_program_at_a_time() -> None:
     assert choose_tiling(64, 16, 256, H100) == Tiling(64, 8)
+    assert choose_tiling(64, 16, 128, H100) == Tiling(64, 16)
+
+
+def test_tiles_whose_parts_would_not_run_at_once_stay_whole() -> None:
+    """Of 40 heads six items fill the device: of four tiles, two would be cut and two not."""
+    tiling = choose_tiling(256, 40, 128, H100)
+    assert tiling.programs == 6
+    assert [parts for *_, parts in items_of([200], [2048], tiling)] == [1] * 4
+    assert [parts for *_, parts in items_of([100], [2048], tiling)] == [3] * 6
+    assert items_of([1, 1], [5, 6], tiling) == []
 
 
 @dataclass

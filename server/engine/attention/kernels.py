@@ -509,20 +509,11 @@ def decode(
         num_warps=4, num_stages=tiling.stages, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
+        # Small programs, which find room while the last ones of `_decode` run.
         _reduce[(sequences, heads)](
-            partial,
-            weights,
-            rows,
-            out,
-            out.stride(0),
-            heads,
-            dim,
-            padded_dim,
-            splits,
-            early,
-            num_warps=4,
-            launch_pdl=early,
-        )
+            partial, weights, rows, out, out.stride(0),
+            heads, dim, padded_dim, splits, early, num_warps=1, launch_pdl=early,
+        )  # fmt: skip
 
 
 def attend_chunks(

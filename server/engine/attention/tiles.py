@@ -24,15 +24,17 @@ from numpy.typing import NDArray
 BLOCK = 64
 """Tokens that the kernel takes at once."""
 
-_FEW_ROWS = 512
-"""Steps of up to so many have low tiles, which are more and waste less on short chunks, and cut
-those that see much. More rows fill a device by themselves, and high tiles read each key less often.
-"""
-_LOW, _HIGH = 64, 128
+_FEW_ROWS = 256
+"""Steps of up to so many cut tiles that see much. More rows fill a device by themselves."""
+_TILE_ROWS = 64
+"""Twice as many read each key less often, and were slower all the same (docs/performance.md)."""
 _WIDE_HEAD = 128
-"""Wider heads leave registers and shared memory for low tiles only, and for one at a time."""
+"""Of wider heads a multiprocessor has registers and shared memory for one tile at a time."""
 _LEAST_BLOCKS = 3
 """Blocks of a part: each has its own start and result, some blocks' worth of time."""
+_WORTHWHILE = 0.75
+"""Of the longest tile's blocks, what its longest part must not exceed, or nothing is cut: tiles
+that just do not fill the device would be cut into parts that do not all run at once."""
 _PROMPTS = 16, 64
 """The least and the most chunks whose last tiles may be partly filled in a recorded step."""
 _ROWS_PER_PROMPT = 8
@@ -60,7 +62,7 @@ class Tiling:
 
         Each whole tile, and one that is partly filled for each of a number of chunks: 16, or one
         of eight rows, but no more than 64. A place that stays empty costs each head a program that
-        loads one number and returns. With 32 heads that makes 544 programs for 64 rows and 2,560
+        loads one number and returns. With 32 heads that makes 544 programs for 64 rows and 3,072
         for 2,048, of which a device with 132 multiprocessors holds 264 at a time.
         """
         least, most = _PROMPTS
@@ -69,12 +71,9 @@ class Tiling:
 
 def choose_tiling(rows: int, heads: int, dim: int, multiprocessors: int) -> Tiling:
     """Return the tiling of steps of so many rows, padding included."""
-    low = rows <= _FEW_ROWS
     resident = 2 if dim <= _WIDE_HEAD else 1
-    return Tiling(
-        rows=_LOW if low or dim > _WIDE_HEAD else _HIGH,
-        programs=resident * multiprocessors // heads if low else 0,
-    )
+    programs = resident * multiprocessors // heads if rows <= _FEW_ROWS else 0
+    return Tiling(_TILE_ROWS, programs)
 
 
 def count_tiles(counts: Ints, tiling: Tiling) -> Ints:
@@ -111,10 +110,13 @@ def _parts(blocks: Ints, tiling: Tiling, room: int | None) -> Ints:
     wanted = tiling.programs
     if room is not None:
         wanted = min(wanted, (room - len(blocks)) * 3 // 4)
-    if wanted < 2:
-        return np.ones_like(blocks)
+    whole = np.ones_like(blocks)
+    if not len(blocks) or wanted <= len(blocks):
+        return whole
     share = max(_LEAST_BLOCKS, -(-int(blocks.sum()) // wanted))
-    return np.maximum((blocks + share // 2) // share, 1)
+    parts = np.maximum((blocks + share // 2) // share, 1)
+    longest = int((-(-blocks // parts)).max())
+    return parts if longest <= _WORTHWHILE * int(blocks.max()) else whole
 
 
 def _numbered(counts: Ints) -> Ints:
