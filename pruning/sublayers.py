@@ -12,6 +12,13 @@ shared by all variants. What attends is then said per forward call, as data::
 
 MLPs are dropped in the same way, where some variant drops any, by `mlp_rows`.
 
+Attention is all that rows ask of each other. So after the last layer in which any row attends, rows
+without logits are of no more use, and `last` lets them go: of a prompt one row goes on::
+
+    layer 0   rows  [ p p p p p p p q q q q ]    a chunk of prompt p, and q to its end
+    layer 1   attention of all of them, the last that is kept; then the MLP of  [ q ]
+    layer 2                                                                     [ q ]
+
 This file and projections.py are the only ones that replace parts of a transformers model.
 """
 
@@ -19,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +45,15 @@ class Substitute(Protocol):
 
 AttentionFunction = Callable[[Tensor, tuple[Tensor, Tensor], Attend, int], Tensor]
 """Hidden states, position embeddings, what attends and the layer's index, to hidden states."""
+
+
+class Last(NamedTuple):
+    """Where rows without logits end."""
+
+    layer: int
+    """The last one in which any row attends."""
+    rows: Tensor
+    """Those that go on from its attention, int64."""
 
 
 LayerNote = Callable[[int, Tensor, tuple[Tensor, Tensor]], None]
@@ -162,6 +178,7 @@ class WrappedLayer(nn.Module):
         attend: Attend | None = None,
         attending_rows: Sequence[int] | None = None,
         mlp_rows: Sequence[int] | None = None,
+        last: Last | None = None,
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
@@ -170,6 +187,10 @@ class WrappedLayer(nn.Module):
         index, rows = self.attention.index, hidden_states.shape[1]
         attending = rows if attending_rows is None else attending_rows[index]
         attend = attend or CausalAttention()
+        if last is not None and last.layer == index:
+            return self._compute_last(
+                hidden_states, attending, index, position_embeddings, attend, last.rows
+            )
         if mlp_rows is None or mlp_rows[index] == rows:
             return self._compute(hidden_states, attending, index, position_embeddings, attend)
         hidden = self.attention(
@@ -205,6 +226,9 @@ class WrappedLayer(nn.Module):
         `forward`, which looks up what is its own, stays as it is.
         """
         self._compute = torch.compile(self._compute, *args, **kwargs)  # type: ignore[method-assign]
+        self._compute_last = torch.compile(  # type: ignore[method-assign]
+            self._compute_last, *args, **kwargs
+        )
 
     def computed(self) -> tuple[AttentionFunction, Callable[[Tensor], Tensor]]:
         """Return what computes the attention sublayer of rows that all attend, and the MLP's."""
@@ -227,6 +251,21 @@ class WrappedLayer(nn.Module):
             hidden, attending, position_embeddings=embeddings, attend=attend, layer=layer
         )
         return self.mlp(hidden)  # type: ignore[no-any-return]
+
+    def _compute_last(
+        self,
+        hidden: Tensor,
+        attending: int,
+        layer: int,
+        embeddings: tuple[Tensor, Tensor],
+        attend: Attend,
+        rows: Tensor,
+    ) -> Tensor:
+        """Do the same, but go on with these rows only."""
+        hidden = self.attention(
+            hidden, attending, position_embeddings=embeddings, attend=attend, layer=layer
+        )
+        return self.mlp(hidden[:, rows])  # type: ignore[no-any-return]
 
 
 def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
@@ -306,6 +345,20 @@ def rows_kept(layers: int, rows: int, dropped: Sublayers) -> KeptRows:
         "attending_rows": rows_attending(layers, rows, dropped.attention),
         "mlp_rows": rows_attending(layers, rows, dropped.mlps) if dropped.mlps else None,
     }
+
+
+def last_rows(
+    attending_rows: Sequence[int],
+    mlp_rows: Sequence[int] | None,
+    rows: int,
+    with_logits: Tensor | None,
+) -> Last | None:
+    """Return where rows of a batch of `rows` end that are not among those with logits (None: all
+    are). None if nothing ends, or if some rows drop MLPs, which are counted in the rows' order."""
+    if with_logits is None or mlp_rows is not None or not 0 < len(with_logits) < rows:
+        return None
+    attends = [layer for layer, count in enumerate(attending_rows) if count]
+    return Last(attends[-1], with_logits) if attends else None
 
 
 def _part(layer: nn.Module, name: str | None) -> nn.Module:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pruning.attention import Attend
+from pruning.sublayers import last_rows
 from pruning.variants import Variants
 from server.engine.attention.paged import GroupStep, PagedBackend
 from server.engine.batch import Batch
@@ -188,14 +189,18 @@ class StepGraphs:
             self._backend.bind(bound)
             sources = layout.sources(self._inputs)
             ids = self._known(layout.token_ids(self._inputs), sources, self.last_tokens)
+            positions = layout.positions(self._inputs)
             rows = layout.logit_rows(self._inputs)
+            rows = None if rows is None else rows.long()
+            last = last_rows(layout.attending_rows, layout.mlp_rows, len(positions), rows)
             output = self._model(
                 ids[None],
-                position_ids=layout.positions(self._inputs)[None].long(),
+                position_ids=positions[None].long(),
                 attend=self._attend,
                 attending_rows=layout.attending_rows,
                 mlp_rows=layout.mlp_rows,
-                logits_to_keep=0 if rows is None else rows.long(),  # 0: all
+                last=last,
+                logits_to_keep=0 if rows is None or last is not None else rows,  # 0: all
             )
             logits = output.logits[0]
             self.logits[: len(logits)].copy_(logits)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pruning.attention import Attend
+from pruning.sublayers import last_rows
 from server.engine.attention import AttentionBackend
 from server.engine.batch import Batch
 from server.engine.device_time import DeviceTime, Span
@@ -189,13 +190,18 @@ class ModelRunner:
         ids = upload(batch.token_ids, torch.long, device)
         if (sources >= 0).any():
             ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
+        rows = upload(batch.logit_rows, torch.long, device)
+        # A model runs on one row at least, needed or not.
+        going_on = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=device)
+        last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), going_on)
         output = self._model(
             ids[None],
             position_ids=upload(batch.positions, torch.long, device)[None],
             attend=self._attend,
             attending_rows=batch.attending_rows,
             mlp_rows=batch.mlp_rows,
-            logits_to_keep=upload(batch.logit_rows, torch.long, device),
+            last=last,
+            logits_to_keep=0 if last is not None and len(rows) else rows,  # 0: all
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 

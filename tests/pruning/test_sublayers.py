@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from pruning.attention import CausalAttention, GrowingAttention
 from pruning.families import FAMILIES, UnknownFamilyError, context_limit, family_of
-from pruning.sublayers import rows_attending, wrap
+from pruning.sublayers import last_rows, rows_attending, wrap
 from tests.pruning.tiny_models import tiny_model
 from tests.reference.silenced import silenced
 
@@ -96,6 +96,37 @@ def test_a_layer_without_attending_rows_runs_nothing() -> None:
             part.register_forward_hook(lambda *_, index=layer.index: calls.append(index))
     model(tokens(1, 5), attending_rows=rows_attending(LAYERS, 5, {1, 2}))
     assert calls == [0, 0, 3, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropped", [set(), {3}, {2, 3}, {1, 2}], ids=str)
+def test_rows_without_logits_end_where_nothing_attends_any_more(
+    family: str, dropped: set[int]
+) -> None:
+    model = tiny_model(family, layers=LAYERS).double()
+    sublayers = wrap(model)
+    for layer in sublayers:  # as where a dropped sublayer has a substitute
+        layer.substitute = lambda normed: 0.1 * normed
+    attending = rows_attending(LAYERS, 11, dropped)
+    expected = model(tokens(1, 11), attending_rows=attending).logits
+    seen: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+    rows = torch.tensor([10, 3])
+    last = last_rows(attending, None, 11, rows)
+    got = model(tokens(1, 11), attending_rows=attending, last=last).logits
+    assert_equal(got, expected[:, rows])
+    kept = max(set(range(LAYERS)) - dropped)
+    assert seen == [11 if index < kept else 2 for index in range(LAYERS)]
+
+
+def test_nothing_ends_where_all_rows_have_logits_or_mlps_are_dropped() -> None:
+    rows = torch.tensor([2])
+    assert last_rows([3, 3], None, 3, rows) == (1, rows)
+    assert last_rows([3, 3], None, 3, None) is None
+    assert last_rows([3, 3], (3, 2), 3, rows) is None
+    assert last_rows([3, 3], None, 1, rows) is None
+    assert last_rows([0, 0], None, 3, rows) is None
 
 
 @torch.no_grad()
