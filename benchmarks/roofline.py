@@ -50,7 +50,7 @@ class Rows:
     context: float
     """Tokens of each whose keys and values are there already."""
     attention_layers: int
-    """Layers in which they attend."""
+    """They attend in the first so many layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,17 @@ def step_bytes(
 def step_operations(config: LlamaConfig, work: Sequence[Rows]) -> float:
     """Return two operations a matrix parameter and row, and attention's two products.
 
-    The LM head counts for the last row of each sequence, the only one that is sampled from.
+    The LM head counts for the last row of each sequence, the only one that is sampled from, and so
+    do the MLPs from the last layer on in which a sequence attends.
     """
     counts, shape = parameters(config), kv_shape(config)
     per_score = 4 * config.num_attention_heads * shape.head_dim
     sampled = sum(rows.sequences for rows in work)
     operations = 2.0 * counts.head_matrix * sampled
-    operations += 2.0 * shape.layers * counts.mlp_matrices * _all_rows(work)
     for rows in work:
+        whole = max(rows.attention_layers - 1, 0)
+        mlps = rows.tokens * whole + shape.layers - whole
+        operations += 2.0 * counts.mlp_matrices * rows.sequences * mlps
         pairs = rows.tokens * rows.context + rows.tokens * (rows.tokens + 1) / 2
         in_layer = 2.0 * counts.attention_matrices * rows.tokens + per_score * pairs
         operations += rows.sequences * rows.attention_layers * in_layer
