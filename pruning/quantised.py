@@ -14,6 +14,7 @@ lie on no grid, are put into eight bits with one scale an output.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,7 +73,8 @@ class _Packed:
 
     four_bits: Tensor
     scales_and_zeros: Tensor
-    bfloat16: Tensor
+    bfloat16: Tensor | None
+    """For many rows; None where four bits serve any number."""
     bias: Tensor | None
 
 
@@ -97,6 +99,12 @@ class FourBitLinear(nn.Module):
     def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
         """Let another function compute products of few rows, of up to `rows` at least."""
         self._product, self._few_rows = product, max(rows, FEW_ROWS)
+
+    def compute_all_by(self, product: QuantisedProduct) -> None:
+        """Let another function compute products of any number of rows, and let go of the copy in
+        bfloat16."""
+        self.compute_by(product, sys.maxsize)
+        self._packed = replace(self._packed, bfloat16=None)
 
     @property
     def step_bytes(self) -> int:
@@ -127,6 +135,7 @@ class FourBitLinear(nn.Module):
         packed = self._packed
         rows = inputs.reshape(-1, self.in_features)
         if rows.shape[0] > self._few_rows:
+            assert packed.bfloat16 is not None
             return functional.linear(inputs, packed.bfloat16, packed.bias)
         out = self._product(rows, packed.four_bits, packed.scales_and_zeros)
         out = out.reshape(*inputs.shape[:-1], self.out_features)
