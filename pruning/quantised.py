@@ -6,10 +6,11 @@ do after they were expanded, are found again without a second rounding; any othe
 to the nearest of 16 values between its group's least and greatest.
 
 Products of few rows are bound by reading the weights, and run on four bits; for more rows a copy in
-bfloat16 is faster. Projections of the same input (queries, keys and values; gate and up) are one
-product. Activations are bfloat16. Like projections.py, this replaces parts of a
-transformers model; it is shared by all variants, and the plan does not change. Substitutes, which
-lie on no grid, are put into eight bits with one scale an output.
+bfloat16 is faster, unless there is a function that is fast on four bits for any number. Projections
+of the same input (queries, keys and values; gate and up) are one product. Activations are bfloat16.
+Like projections.py, this replaces parts of a transformers model; it is shared by all variants, and
+the plan does not change. Substitutes, which lie on no grid, are put into eight bits with one scale
+an output.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ using Bfloat16 = std::uint16_t;
 using Index = std::int64_t;
 
 constexpr Index kAhead = 4608;  // bytes that are asked for before they are needed
+constexpr Index kAnyRows = Index{1} << 40;
 constexpr Index kLanes = 16;
 
 inline float expanded(Bfloat16 value) {
