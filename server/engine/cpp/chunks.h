@@ -93,9 +93,9 @@ inline void write_values(const Bfloat16* one, const Bfloat16* two, Index width, 
 // row * heads + head. Position `first` is that of its first row. Kept from tile to tile.
 struct Tile {
   Index rows, heads, first;
-  std::vector<Factor> query;  // [tile rows, dim / kPaired]
-  std::vector<float> out, best, sum;
-  std::vector<Factor> keys, values;  // [dim / kPaired, kTokens], [kTokens / kPaired, dim]
+  Lines<Factor> query;  // [tile rows, dim / kPaired]
+  Lines<float> out, best, sum;
+  Lines<Factor> keys, values;  // [dim / kPaired, kTokens], [kTokens / kPaired, dim]
 
   void begin(Index its_rows, Index its_heads, Index its_first, Index dim) {
     rows = its_rows;
@@ -289,11 +289,12 @@ extern "C" void attend_chunks(const Bfloat16* query, Index query_row, Index quer
     const Index oldest = window > 0 ? std::max<Index>(0, tile.first - window + 1) : 0;
     for (Index at = oldest / kLanes * kLanes; at < end; at += kTokens) {
       pack(tile, *pages, table + table_starts[item.sequence], at, end, item.kv_head);
-      const Index seen = std::min(kVectors, (end - at + kLanes - 1) / kLanes);
       for (Index row = 0, rows; row < tile.count(); row += rows) {
         rows = std::min(kSharing, tile.count() - row);
-        if (at <= tile.position(row + rows - 1))
-          kAttendBlocks[rows - 1][seen - 1](tile, row, at, dim, factor, window);
+        const Index last = tile.position(row + rows - 1);
+        if (at > last) continue;
+        const Index seen = std::min(kVectors, (last - at) / kLanes + 1);
+        kAttendBlocks[rows - 1][seen - 1](tile, row, at, dim, factor, window);
       }
     }
     for (Index row = 0; row < item.rows; ++row)

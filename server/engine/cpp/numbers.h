@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -89,6 +90,27 @@ inline __m256i rounded(__m512 numbers) {
 inline void store(__m256i numbers, Bfloat16* place) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), numbers);
 }
+
+// For vectors that begin where a cache line does: loads and stores of 64 bytes would cross lines.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+
+  T* allocate(std::size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kLine));
+  }
+  void deallocate(T* place, std::size_t) { ::operator delete(place, kLine); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+
+template <class T>
+using Lines = std::vector<T, LineAllocator<T>>;
 
 template <class Do, int... kNumbers>
 [[gnu::always_inline]] inline void each_of(Do& one, std::integer_sequence<int, kNumbers...>) {
