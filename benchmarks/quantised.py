@@ -5,7 +5,8 @@
 
 Perplexity, KL(first || mode) and top-1 agreement are over next tokens of the same text; the first
 mode, float32 unless said otherwise, is what the others are compared with. Weights in few bits are
-used as decoding does, for all of the text; `float8-prompts` is float8 as a GPU computes prompts,
+used as decoding does, for all of the text: int4 by torch's kernels, int4-compiled by native
+functions where there are any; `float8-prompts` is float8 as a GPU computes prompts,
 with the rows in float8 as well.
 
 Decode speed is that of the engine in this process, at --context tokens. With --shape, weights are
@@ -48,12 +49,21 @@ from benchmarks.shapes import device_and_dtype, random_base
 from benchmarks.step import limits_for
 from pruning.calibration import calibrate
 from pruning.loading import DTYPES, EMBEDDED_MODEL, BaseModel, load_base_model
-from pruning.quantised import EightBitHead, four_bit_layers, quantise
+from pruning.quantised import (
+    EightBitHead,
+    QuantisedProduct,
+    eight_bit_product,
+    four_bit_layers,
+    four_bit_product,
+    quantise,
+)
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
+from server.engine.native import native_functions
 
 INT4_COMPILED = "int4-compiled"
-"""int4 as served once the layers are compiled; quality is that of the uncompiled layers."""
+"""int4 as served once the layers are compiled; quality is that of uncompiled layers by the native
+functions."""
 PROMPTS = "float8-prompts"
 MODES = {
     "cpu": ("float32", "bfloat16", "int4", INT4_COMPILED),
@@ -220,21 +230,33 @@ def _quality(mode: str, base: BaseModel, tokens: Tensor, exact: list[Tensor]) ->
 
 
 def _decoded_logprobs(mode: str, base: BaseModel, window: Tensor) -> Tensor:
-    with _as_decoding(mode, len(window)):
+    with _as_decoding(mode, base, len(window)):
         return _logprobs(base, window)
 
 
 @contextmanager
-def _as_decoding(mode: str, rows: int) -> Iterator[None]:
+def _as_decoding(mode: str, base: BaseModel, rows: int) -> Iterator[None]:
     """Let many rows be multiplied as few are: four bits by their kernel, no rows in float8."""
     if mode.startswith("int4"):
-        with patch.multiple("pruning.quantised", FEW_ROWS=rows, _FEW_HEAD_ROWS=rows):
-            yield
+        native = native_functions(COMPILED) if mode == INT4_COMPILED else None
+        product = native.four_bit_product if native and native.has_four_bits else four_bit_product
+        _compute_by(base, product, rows)
+        yield
+        _compute_by(base, four_bit_product, 0)
     elif mode == "float8":
         with patch("server.engine.many_rows.multiplies", lambda *_: False):
             yield
     else:
         yield
+
+
+def _compute_by(base: BaseModel, product: QuantisedProduct, rows: int) -> None:
+    """Compute up to `rows` rows in few bits, those of layers by `product`."""
+    for linear in four_bit_layers(base.model):
+        linear.compute_by(product, rows)
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(head, EightBitHead):
+        head.compute_by(eight_bit_product, rows)
 
 
 def _row(

@@ -6,14 +6,16 @@ do after they were expanded, are found again without a second rounding; any othe
 to the nearest of 16 values between its group's least and greatest.
 
 Products of few rows are bound by reading the weights, and run on four bits; for more rows a copy in
-bfloat16 is faster. Projections of the same input (queries, keys and values; gate and up) are one
-product. Activations are bfloat16. Like projections.py, this replaces parts of a
-transformers model; it is shared by all variants, and the plan does not change. Substitutes, which
-lie on no grid, are put into eight bits with one scale an output.
+bfloat16 is faster, unless there is a function that is fast on four bits for any number. Projections
+of the same input (queries, keys and values; gate and up) are one product. Activations are bfloat16.
+Like projections.py, this replaces parts of a transformers model; it is shared by all variants, and
+the plan does not change. Substitutes, which lie on no grid, are put into eight bits with one scale
+an output.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,7 +74,8 @@ class _Packed:
 
     four_bits: Tensor
     scales_and_zeros: Tensor
-    bfloat16: Tensor
+    bfloat16: Tensor | None
+    """For many rows; None where four bits serve any number."""
     bias: Tensor | None
 
 
@@ -97,6 +100,12 @@ class FourBitLinear(nn.Module):
     def compute_by(self, product: QuantisedProduct, rows: int = 0) -> None:
         """Let another function compute products of few rows, of up to `rows` at least."""
         self._product, self._few_rows = product, max(rows, FEW_ROWS)
+
+    def compute_all_by(self, product: QuantisedProduct) -> None:
+        """Let another function compute products of any number of rows, and let go of the copy in
+        bfloat16."""
+        self.compute_by(product, sys.maxsize)
+        self._packed = replace(self._packed, bfloat16=None)
 
     @property
     def step_bytes(self) -> int:
@@ -127,6 +136,7 @@ class FourBitLinear(nn.Module):
         packed = self._packed
         rows = inputs.reshape(-1, self.in_features)
         if rows.shape[0] > self._few_rows:
+            assert packed.bfloat16 is not None
             return functional.linear(inputs, packed.bfloat16, packed.bias)
         out = self._product(rows, packed.four_bits, packed.scales_and_zeros)
         out = out.reshape(*inputs.shape[:-1], self.out_features)

@@ -9,8 +9,10 @@ layer is cut where attention is computed, which stays as it is::
 
 Each function is the family's own code, traced: `before` ends where that code asks for attention,
 `after` is given the answer, and what does not matter for a result is left out by the compiler.
-Weights are inputs: one function serves all layers of a form, and no weight exists twice. More rows
-than products run on four bits for (`most_rows`) run the family's code itself.
+Weights are inputs: one function serves all layers of a form, and no weight exists twice. Steps of
+few rows and those with prompts have functions of their own (`row_ranges`): many rows are worth a
+second thread in every loop, few are not. More rows than products run on four bits for run the
+family's code itself.
 
 Functions are kept on disk for the next start. The first start compiles them on a thread while it
 serves, which needs a C++ compiler; without one, layers stay as they are.
@@ -44,7 +46,6 @@ from pruning.attention import Attend, AttentionForm
 from pruning.quantised import FEW_ROWS, FourBitLinear, four_bit_layers, runs_here
 from pruning.sublayers import WrappedLayer, watching_layers
 from server.engine.native import (
-    FOUR_BIT_MOST_ROWS,
     FOUR_BIT_OUTPUTS,
     FOUR_BIT_ROWS,
     NativeFunctions,
@@ -57,7 +58,13 @@ logger = logging.getLogger(__name__)
 COMPILER = "compile"
 """The name of the thread that compiles in the background."""
 
+FEW = 32
+"""Rows of a step without prompts, at most."""
+MANY = 1 << 16
+"""More rows than a step has."""
 _EXAMPLE_ROWS = 3
+_MANY_TIMES = 128
+"""How often those are repeated where many rows are an example."""
 _CPU = torch.device("cpu")
 _PLACES = frozenset({"index", "layer_idx", "substitute"})
 """Attributes that say which layer it is, or what else stands in its place, not what it computes."""
@@ -83,10 +90,14 @@ class CompiledLayers:
         for example in _examples(model):
             forms.setdefault(_form(example.layer, machine), []).append(example)
         for form, examples in forms.items():
-            if all((folder / form / f"{name}.pt2").exists() for name in _Functions.names()):
-                self._install(form, examples)
-            else:
-                self._missing[form] = _Missing.of(examples, self.native)
+            ranges = row_ranges(examples[0].layer, self.native)
+            missing = [rows for rows in ranges if not _is_complete(folder / form / rows.name)]
+            if missing:
+                self._missing[form] = _Missing.of(examples, missing, self.native)
+            for rows in ranges:
+                if rows not in missing:
+                    self._install(form, examples, rows)
+        _compute_any_rows(model, self.native)
 
     @property
     def missing(self) -> int:
@@ -112,9 +123,10 @@ class CompiledLayers:
         """
         started = time.monotonic()
         for form, missing in list(self._missing.items()):
-            if not _compile_form(missing, self._folder / form, self._threads):
-                return
-            self._install(form, missing.examples)
+            for rows in missing.ranges:
+                if not _compile_form(missing, rows, self._folder / form, self._threads):
+                    return
+                self._install(form, missing.examples, rows)
             del self._missing[form]
         logger.info("compiled layers after %.0f s", time.monotonic() - started)
 
@@ -127,11 +139,21 @@ class CompiledLayers:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("layers run uncompiled, which is slower: %s", reason)
 
-    def _install(self, form: str, examples: Sequence[_Example]) -> None:
-        folder = self._folder / form
-        functions = _Functions(*(_load(folder / f"{name}.pt2") for name in _Functions.names()))
+    def _install(self, form: str, examples: Sequence[_Example], rows: RowRange) -> None:
+        functions = _Functions(*map(_load, _paths(self._folder / form / rows.name)))
         for example in examples:
-            _install(example, functions, most_rows(example.layer, self.native))
+            _install(example, functions, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """The rows of the steps that some functions are made for."""
+
+    name: str
+    first: int
+    last: int
+    repeated: int
+    """How often the rows of an example are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +169,35 @@ class _Functions:
         return tuple(field.name for field in fields(cls))
 
 
-def _install(example: _Example, functions: _Functions, most: int) -> None:
-    """Let a layer compute up to `most` rows by its form's functions."""
+def _paths(folder: Path) -> list[Path]:
+    """Return where the functions of a form and a range are kept."""
+    return [folder / f"{name}.pt2" for name in _Functions.names()]
+
+
+def _is_complete(folder: Path) -> bool:
+    return all(path.exists() for path in _paths(folder))
+
+
+def _install(example: _Example, functions: _Functions, rows: RowRange) -> None:
+    """Let a layer compute a range of rows by its form's functions, others as before."""
     layer = example.layer
     weights = _Weights(layer).tensors()
-    eager_attention, eager_mlp = layer.computed()
+    other_attention, other_mlp = layer.computed()
     form = _reach(layer, example.hidden, example.embeddings).form
 
+    first, last = rows.first, rows.last
+
     def attention(hidden: Tensor, embeddings: Embeddings, attend: Attend, index: int) -> Tensor:
-        if hidden.shape[1] > most:
-            return eager_attention(hidden, embeddings, attend, index)
+        if not first <= hidden.shape[1] <= last:
+            return other_attention(hidden, embeddings, attend, index)
         given = [hidden, *embeddings]
         query, key, value = functions.before([*given, *weights])
         attended = attend(index, query, key, value, form)
         return functions.after([*given, attended, *weights])[0]
 
     def mlp(hidden: Tensor) -> Tensor:
-        if hidden.shape[1] > most:
-            return eager_mlp(hidden)
+        if not first <= hidden.shape[1] <= last:
+            return other_mlp(hidden)
         return functions.mlp([hidden, *weights])[0]
 
     layer.compute_by(attention, mlp)
@@ -189,30 +222,58 @@ class _Missing:
 
     examples: Sequence[_Example]
     traced: _Example
-    most_rows: int
+    ranges: Sequence[RowRange]
+    """Those without functions."""
 
     @classmethod
-    def of(cls, examples: Sequence[_Example], native: NativeFunctions | None) -> _Missing:
+    def of(
+        cls,
+        examples: Sequence[_Example],
+        ranges: Sequence[RowRange],
+        native: NativeFunctions | None,
+    ) -> _Missing:
         layer = copy.deepcopy(examples[0].layer)
-        most = most_rows(layer, native)
         for linear in four_bit_layers(layer):
             if _is_native(linear, native):
-                linear.compute_by(four_bit_rows, most)
-        return cls(examples, replace(examples[0], layer=layer), most)
+                linear.compute_by(four_bit_rows, ranges[-1].last)
+        return cls(examples, replace(examples[0], layer=layer), ranges)
+
+    def example(self, rows: RowRange) -> _Example:
+        """Return what is traced for a range."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return torch.cat([tensor] * rows.repeated, dim=1)
+
+        cos, sin = map(repeated, self.traced.embeddings)
+        return replace(self.traced, hidden=repeated(self.traced.hidden), embeddings=(cos, sin))
 
 
-def most_rows(layer: WrappedLayer, native: NativeFunctions | None) -> int:
-    """Return the rows up to which products of a compiled layer run on four bits, and so its
-    functions hold."""
-    if all(_is_native(linear, native) for linear in four_bit_layers(layer)):
-        return FOUR_BIT_MOST_ROWS
-    return FEW_ROWS
+def row_ranges(layer: WrappedLayer, native: NativeFunctions | None) -> tuple[RowRange, ...]:
+    """Return the ranges of rows for which a layer has functions, which end where its products
+    leave four bits."""
+    linears = four_bit_layers(layer)
+    if native is None or not all(_is_native(linear, native) for linear in linears):
+        return (RowRange("few", 1, FEW_ROWS, 1),)
+    few = RowRange("few", 1, min(FEW, native.four_bit_rows), 1)
+    if native.four_bit_rows == few.last:
+        return (few,)
+    return few, RowRange("many", few.last + 1, min(MANY, native.four_bit_rows), _MANY_TIMES)
 
 
 def _is_native(linear: FourBitLinear, native: NativeFunctions | None) -> bool:
     """Whether native functions compute a product in a compiled layer."""
     has_product = native is not None and native.has_four_bits
     return has_product and linear.out_features % FOUR_BIT_OUTPUTS == 0
+
+
+def _compute_any_rows(model: PreTrainedModel, native: NativeFunctions | None) -> None:
+    """Let native functions compute uncompiled products as well where they are the fastest for any
+    number of rows."""
+    if native is None or native.four_bit_rows < MANY:
+        return
+    for linear in four_bit_layers(model):
+        if _is_native(linear, native):
+            linear.compute_all_by(native.four_bit_product)
 
 
 def _examples(model: PreTrainedModel) -> list[_Example]:
@@ -330,10 +391,10 @@ class _Traced(nn.Module):
         return len(self._held.tensors())
 
 
-def _compile_form(missing: _Missing, folder: Path, threads: int) -> bool:
-    """Compile the functions of a form that its folder lacks; return False if the program ends
-    meanwhile."""
-    example = missing.traced
+def _compile_form(missing: _Missing, rows: RowRange, folder: Path, threads: int) -> bool:
+    """Compile the functions of a form and a range that their folder lacks; return False if the
+    program ends meanwhile."""
+    example = missing.example(rows)
     layer, hidden, embeddings = example.layer, example.hidden, example.embeddings
     held = _Weights(layer)
     attended = _reach(layer, hidden, embeddings).query.transpose(1, 2).contiguous()
@@ -342,13 +403,13 @@ def _compile_form(missing: _Missing, folder: Path, threads: int) -> bool:
         "after": (_After(layer), [hidden, *embeddings, attended]),
         "mlp": (_Mlp(layer), [hidden]),
     }
-    for name, (part, inputs) in parts.items():
-        path = folder / f"{name}.pt2"
+    paths = _paths(folder / rows.name)
+    for path, (part, inputs) in zip(paths, parts.values(), strict=True):
         if not threading.main_thread().is_alive():
             return False
         if not path.exists():
             traced = _Traced(part, held)
-            _compile(traced, inputs, held.tensors(), path, threads, missing.most_rows)
+            _compile(traced, inputs, held.tensors(), path, threads, rows)
     return True
 
 
@@ -358,11 +419,11 @@ def _compile(
     weights: list[Tensor],
     path: Path,
     threads: int,
-    most: int,
+    rows: RowRange,
 ) -> None:
-    """Compile a function of any number of rows up to `most`, and write it atomically."""
-    rows = torch.export.Dim("rows", min=1, max=most)
-    shapes = [{1: rows}] * len(inputs) + [None] * len(weights)
+    """Compile a function of any number of rows in a range, and write it atomically."""
+    dim = torch.export.Dim("rows", min=rows.first, max=rows.last)
+    shapes = [{1: dim}] * len(inputs) + [None] * len(weights)
     exported = torch.export.export(
         traced, (*inputs, *weights), dynamic_shapes=(tuple(shapes),), strict=False
     )

@@ -30,6 +30,7 @@ from server.engine.operators import operator
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+_HEADERS = _SOURCE.with_name("cpp")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -165,16 +166,13 @@ def _product_shape(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> 
 
 @operator(_product_shape)
 def four_bit_rows(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """The product of few rows with a weight in four bits, which a compiler leaves as it is; a
-    library that it makes calls native.cpp for it, by FOUR_BIT_ROWS."""
+    """The product of rows with a weight in four bits, which a compiler leaves as it is; a library
+    that it makes calls native.cpp for it, by FOUR_BIT_ROWS."""
     return four_bit_product(inputs, packed, scales_and_zeros)
 
 
 FOUR_BIT_OUTPUTS = 64
 """Outputs of such a product come in multiples of this."""
-FOUR_BIT_MOST_ROWS = 32
-"""Measured with SmolLM2-135M's layers on two cores of an EPYC: 22 ms for all weights at 32 rows, 37
-to 41 in bfloat16; 11 and 24 at 16."""
 _FOUR_BITS = "aoti_torch_cpu_four_bit_rows"
 FOUR_BIT_ROWS = f"""AOTITorchError {_FOUR_BITS}(
     AtenTensorHandle inputs, AtenTensorHandle packed, AtenTensorHandle scales, AtenTensorHandle* out
@@ -193,6 +191,14 @@ class NativeFunctions:
         self.name = library.name
         """Says all that decides what is computed."""
         self.has_four_bits = hasattr(loaded, _FOUR_BITS)
+        """Whether the processor multiplies pairs of 16 bits."""
+        self.four_bit_rows = 0
+        """Rows up to which products in four bits are faster than in bfloat16."""
+        if self.has_four_bits:
+            self.four_bit_rows = int(_Count.in_dll(loaded, "four_bit_rows").value)
+            self._four_bits = loaded.four_bit_product
+            self._four_bits.restype = None
+            self._four_bits.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
         self._attend = loaded.attend_rows
         self._attend.restype = None
         self._attend.argtypes = (
@@ -200,16 +206,13 @@ class NativeFunctions:
             *(_Count, ctypes.c_float, ctypes.c_float, _Count),
             *(ctypes.POINTER(_Pages), _Count, _Address, _Address, _Address, _Address),
         )
-        self.has_chunks = hasattr(loaded, "attend_chunks")
-        """Whether the processor multiplies bfloat16 numbers."""
-        if self.has_chunks:
-            self._attend_chunks = loaded.attend_chunks
-            self._attend_chunks.restype = None
-            self._attend_chunks.argtypes = (
-                *(*_Strided, *_Strided, *_Strided, _Address),
-                *(_Count, ctypes.c_float, _Count),
-                *(ctypes.POINTER(_Pages), _Count, *(_Address,) * 5),
-            )
+        self._attend_chunks = loaded.attend_chunks
+        self._attend_chunks.restype = None
+        self._attend_chunks.argtypes = (
+            *(*_Strided, *_Strided, *_Strided, _Address),
+            *(_Count, ctypes.c_float, _Count),
+            *(ctypes.POINTER(_Pages), _Count, *(_Address,) * 5),
+        )
         self.eight_bit_rows = int(_Count.in_dll(loaded, "eight_bit_rows").value)
         """Rows up to which products in eight bits are fast."""
         self._product = loaded.eight_bit_product
@@ -238,7 +241,7 @@ class NativeFunctions:
 
     def attends_chunks(self, form: AttentionForm, dim: int) -> bool:
         """Whether `attend_chunks` takes heads of this form and dimension."""
-        return self.has_chunks and dim % CHUNK_DIM == 0 and form.softcap is None
+        return dim % CHUNK_DIM == 0 and form.softcap is None
 
     def attend_chunks(
         self,
@@ -266,6 +269,18 @@ class NativeFunctions:
         out = inputs.new_empty(rows, outputs)
         self._product(
             *(tensor.data_ptr() for tensor in (inputs, levels, scales, out)),
+            *(rows, outputs, width),
+        )
+        return out
+
+    def four_bit_product(self, inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+        """As `pruning.quantised.four_bit_product`, where the processor has such products and
+        outputs come in multiples of FOUR_BIT_OUTPUTS."""
+        inputs = inputs.contiguous()
+        (rows, width), outputs = inputs.shape, scales_and_zeros.shape[1]
+        out = inputs.new_empty(rows, outputs)
+        self._four_bits(
+            *(tensor.data_ptr() for tensor in (inputs, packed, scales_and_zeros, out)),
             *(rows, outputs, width),
         )
         return out
@@ -313,7 +328,8 @@ def native_functions(folder: Path) -> NativeFunctions | None:
     if not runs_here(torch.device("cpu")):
         return None
     flags = [*_FLAGS, *_optional_flags()]
-    made_of = (_SOURCE.read_text(), flags, torch.__version__)
+    sources = [_SOURCE, *sorted(_HEADERS.glob("*.h"))]
+    made_of = ([source.read_text() for source in sources], flags, torch.__version__)
     path = folder / f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]}.so"
     try:
         if not path.exists():

@@ -12,8 +12,8 @@ import torch
 from pruning.loading import BaseModel
 from pruning.quantised import FEW_ROWS, EightBitSubstitute, quantise
 from pruning.substitutes import LinearSubstitute
-from server.engine.ahead import CompiledLayers, most_rows
-from server.engine.native import FOUR_BIT_MOST_ROWS, FOUR_BIT_OUTPUTS
+from server.engine.ahead import FEW, CompiledLayers, _compute_any_rows, row_ranges
+from server.engine.native import FOUR_BIT_OUTPUTS
 from tests.engine.tiny_engine import LAYERS, wrapped
 from tests.pruning.tiny_models import tiny_model
 
@@ -29,16 +29,20 @@ class Compiled:
     width: int
     """Of the model that they were made for."""
     most: int
-    """Rows up to which they hold."""
+    """Rows of steps without prompts, up to which they hold."""
+    hold_more: bool
+    """Whether there are functions for more rows."""
 
     @property
     def steps(self) -> list[tuple[int, list[int]]]:
         """Rows, and those that attend in each layer."""
+        more = self.most + 1
         return [
             (1, [1] * LAYERS),
             (5, [5, 0, 5, 0]),
             (self.most, [self.most, 2, self.most, 0]),
-            (self.most + 1, [self.most + 1] * LAYERS),
+            (more, [more] * LAYERS),
+            (2 * more, [2 * more, more, more, 0]),
         ]
 
 
@@ -66,22 +70,25 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     assert layers.missing == 1, "all layers of the model have one form"
     layers.compile_missing()
     assert layers.missing == 0
-    most = most_rows(base.model.get_decoder().layers[0], layers.native)  # type: ignore[no-untyped-call]
+    few, *many = row_ranges(base.model.get_decoder().layers[0], layers.native)  # type: ignore[no-untyped-call]
     has_products = layers.native is not None and layers.native.has_four_bits
-    assert most == (FOUR_BIT_MOST_ROWS if has_products and request.param > 32 else FEW_ROWS)
-    return Compiled(folder, request.param, most)
+    assert few.last == (FEW if has_products and request.param > 32 else FEW_ROWS)
+    return Compiled(folder, request.param, few.last, bool(many))
 
 
 def test_compiled_layers_are_as_exact_as_uncompiled_ones(compiled: Compiled) -> None:
     eager, by_functions = four_bit_base(compiled.width), four_bit_base(compiled.width)
-    assert CompiledLayers(by_functions.model, compiled.folder).missing == 0
+    layers = CompiledLayers(by_functions.model, compiled.folder)
+    assert layers.missing == 0
+    _compute_any_rows(eager.model, layers.native)
     exact = wrapped(tiny_model("qwen2", layers=LAYERS, width=compiled.width))
     for rows, attending in compiled.steps:
         plain, got = logits(eager, rows, attending), logits(by_functions, rows, attending)
         expected = logits(exact, rows, attending)
         assert (got - expected).norm() < 1.1 * (plain - expected).norm()
         assert (got - plain).norm() < 0.05 * plain.norm(), "beyond what bfloat16 rounds"
-        assert (rows > compiled.most) == torch.equal(got, plain), "more rows run uncompiled"
+        is_compiled = compiled.hold_more or rows <= compiled.most
+        assert is_compiled != torch.equal(got, plain), "other rows run uncompiled"
 
 
 def test_other_numbers_in_a_layer_are_another_form(compiled: Compiled) -> None:
@@ -103,11 +110,12 @@ def test_without_a_compiler_layers_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled before"))
-    base = four_bit_base()
+    base, plain = four_bit_base(), four_bit_base()
     layers = CompiledLayers(base.model, tmp_path)
+    _compute_any_rows(plain.model, layers.native)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         layers.compile_in_background().join()
     assert layers.missing == 1
     assert "layers run uncompiled" in caplog.text
-    for rows, attending in Compiled(tmp_path, WIDTHS[0], FEW_ROWS).steps:
-        assert torch.equal(logits(base, rows, attending), logits(four_bit_base(), rows, attending))
+    for rows, attending in Compiled(tmp_path, WIDTHS[0], FEW_ROWS, False).steps:
+        assert torch.equal(logits(base, rows, attending), logits(plain, rows, attending))

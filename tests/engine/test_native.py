@@ -20,17 +20,12 @@ from pruning.quantised import (
     quantise_substitutes,
     runs_here,
 )
-from server.engine.ahead import _compile, _load
+from server.engine.ahead import RowRange, _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
-from server.engine.native import (
-    FOUR_BIT_MOST_ROWS,
-    NativeFunctions,
-    four_bit_rows,
-    native_functions,
-)
+from server.engine.native import NativeFunctions, four_bit_rows, native_functions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
 from server.engine.scheduler import Limits, Scheduled, Scheduler
@@ -56,7 +51,7 @@ FORMS: dict[str, Form] = {
     "no multiple of a vector": (4, 2, 20, AttentionForm(2.0)),
 }
 IN_CHUNKS = {"plain", "no groups", "odd heads, window"}
-"""Forms that the native function takes for prompts, where the processor multiplies bfloat16."""
+"""Forms that the native function takes for prompts."""
 HIDDEN = 48
 
 
@@ -205,27 +200,64 @@ class FourBitProduct(torch.nn.Module):
         return four_bit_rows(inputs[0], packed, scales_and_zeros)[None]
 
 
-def test_products_in_four_bits_are_those_of_float64(
-    native: NativeFunctions, tmp_path: Path
-) -> None:
-    """Of several groups of inputs, and more outputs than torch packs together."""
-    width, outputs = 96, 128
+WIDTH, OUTPUTS = 224, 128
+"""Several groups of inputs, and more outputs than torch packs together."""
+
+
+@pytest.fixture(scope="module")
+def product(native: NativeFunctions) -> tuple[list[Tensor], Tensor]:
+    """What a product in four bits reads, and the weight that it stands for, in float64."""
     if not native.has_four_bits:
-        pytest.skip("products in four bits need AVX512_BF16")
-    bits = four_bits(torch.randn(outputs, width))
+        pytest.skip("products in four bits need AVX512_BF16 or AVX512_VNNI")
+    bits = four_bits(torch.randn(OUTPUTS, WIDTH))
     step_tensors = FourBitLinear(bits, None).step_tensors
     scales, zeros = step_tensors[1].double().transpose(0, 1).unbind(-1)
     levels = bits.levels.double().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
-    weight = ((levels - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+    return step_tensors, ((levels - 8) * scales[..., None] + zeros[..., None]).flatten(1)
+
+
+@pytest.mark.parametrize("count", [*range(1, 38), 49, 96, 97, 98, 300])
+def test_products_in_four_bits_are_those_of_float64(
+    native: NativeFunctions, product: tuple[list[Tensor], Tensor], count: int
+) -> None:
+    """Also of rows some of whose numbers are far larger than others, and of zeros."""
+    step_tensors, weight = product
+    rows = torch.randn(count, WIDTH).bfloat16()
+    rows[count // 2, 40], rows[0, :GROUP] = 3000.0, 0.0
+    got = native.four_bit_product(rows, *step_tensors).double()
+    # Inputs become integers of 16 bits where they are not taken as they are, each off by half a
+    # step of its group at most; then outputs are rounded.
+    groups = rows.double().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
+    steps = groups.abs().amax(-1, keepdim=True).expand(groups.shape).flatten(1) / 32767
+    expected = rows.double() @ weight.T
+    inexact = steps / 2 @ weight.T.abs()
+    assert ((got - expected).abs() <= inexact + expected.abs() * 2**-8 + 1e-4).all()
+
+
+def test_what_is_no_number_stays_none(
+    native: NativeFunctions, product: tuple[list[Tensor], Tensor]
+) -> None:
+    step_tensors, _ = product
+    for count in (2, 50):
+        rows = torch.randn(count, WIDTH).bfloat16()
+        rows[1, 3] = float("nan")
+        got = native.four_bit_product(rows, *step_tensors)
+        assert got[1].isnan().all()
+        assert not got[0].isnan().any()
+
+
+def test_compiled_functions_call_products_in_four_bits(
+    native: NativeFunctions, product: tuple[list[Tensor], Tensor], tmp_path: Path
+) -> None:
+    step_tensors, _ = product
     path = tmp_path / "product.pt2"
-    inputs = [torch.randn(1, 3, width).bfloat16()]
-    _compile(FourBitProduct(), inputs, step_tensors, path, 2, FOUR_BIT_MOST_ROWS)
+    inputs = [torch.randn(1, 3, WIDTH).bfloat16()]
+    _compile(FourBitProduct(), inputs, step_tensors, path, 2, RowRange("any", 1, 50, 1))
     function = _load(path)
-    for count in range(1, FOUR_BIT_MOST_ROWS + 1):
-        rows = torch.randn(1, count, width).bfloat16()
-        got = function([rows, *step_tensors])[0].double()
-        expected = rows.double() @ weight.T
-        torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-4)
+    for count in (1, 8, 50):
+        rows = torch.randn(1, count, WIDTH).bfloat16()
+        got = function([rows, *step_tensors])[0][0]
+        assert torch.equal(got, native.four_bit_product(rows[0], *step_tensors))
 
 
 def answers(folder: Path | None) -> list[list[int]]:
@@ -247,8 +279,10 @@ def answers(folder: Path | None) -> list[list[int]]:
 
 
 def without_compiling_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave layers as they are, whose compiling takes long and has tests of its own."""
+    """Leave layers as they are, whose compiling takes long and has tests of its own; their products
+    as well, whose rounding decides what random weights generate."""
     monkeypatch.setattr("server.engine.ahead.CompiledLayers.compile_in_background", lambda _: None)
+    monkeypatch.setattr("server.engine.ahead._compute_any_rows", lambda *_: None)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, name: str, used: Counter[str]) -> None:

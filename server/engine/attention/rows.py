@@ -1,8 +1,8 @@
 """A backend for a CPU: one native call a layer, no gathered copies.
 
 Needs bfloat16 pages in host memory and native functions (server/engine/native.py). Steps with
-chunks of several rows need more: a processor that multiplies bfloat16 numbers, heads of a multiple
-of CHUNK_DIM, no soft-capping. Other such steps are the reference's, whose pages it shares.
+chunks of several rows need heads of a multiple of CHUNK_DIM and no soft-capping; other such steps
+are the reference's, whose pages it shares.
 """
 
 from __future__ import annotations
