@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pruning.attention import Attend
 from pruning.sublayers import last_rows
@@ -35,6 +36,10 @@ from server.engine.sampling import (
     sample,
 )
 from server.engine.transfer import download, upload
+
+_FEWEST_ROWS = 2
+"""Rows that go on to the end of a model at least, needed or not: for one alone, compiled layers
+would be compiled once more, in the middle of serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +196,7 @@ class ModelRunner:
         if (sources >= 0).any():
             ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
         rows = upload(batch.logit_rows, torch.long, device)
-        # A model runs on one row at least, needed or not.
-        going_on = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=device)
+        going_on = functional.pad(rows, (0, max(0, _FEWEST_ROWS - len(rows))))
         last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), going_on)
         output = self._model(
             ids[None],
@@ -201,7 +205,7 @@ class ModelRunner:
             attending_rows=batch.attending_rows,
             mlp_rows=batch.mlp_rows,
             last=last,
-            logits_to_keep=0 if last is not None and len(rows) else rows,  # 0: all
+            logits_to_keep=rows if last is None else torch.arange(len(rows), device=device),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
