@@ -66,8 +66,9 @@ _EXAMPLE_ROWS = 3
 _MANY_TIMES = 128
 """How often those are repeated where many rows are an example."""
 _CPU = torch.device("cpu")
-_PLACES = frozenset({"index", "layer_idx", "substitute"})
-"""Attributes that say which layer it is, or what else stands in its place, not what it computes."""
+_PLACES = frozenset({"index", "layer_idx", "substitute", "_few_rows"})
+"""Attributes that say which layer it is, what else stands in its place, or by which function it
+computes, not what."""
 _SUBSTITUTE = "attention.substitute"
 """Where a layer keeps what none of its functions computes."""
 

@@ -222,6 +222,10 @@ class NativeFunctions:
         self._substitute.restype = None
         self._substitute.argtypes = (_Address, _Address, _Count, ctypes.POINTER(_Substitute))
 
+    def __deepcopy__(self, memo: object) -> NativeFunctions:
+        """Return these themselves: copies of what calls them call the same."""
+        return self
+
     def attend(
         self,
         query: Tensor,

@@ -106,6 +106,14 @@ def test_a_substitute_is_no_other_form(compiled: Compiled) -> None:
     assert CompiledLayers(base.model, compiled.folder).missing == 0
 
 
+def test_a_model_can_be_compiled_once_more(compiled: Compiled, tmp_path: Path) -> None:
+    """As for another engine in the same process, when native functions compute its products."""
+    base = four_bit_base(compiled.width)
+    assert CompiledLayers(base.model, compiled.folder).missing == 0
+    assert CompiledLayers(base.model, compiled.folder).missing == 0
+    assert CompiledLayers(base.model, tmp_path).missing == 1
+
+
 def test_without_a_compiler_layers_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
