@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pruning.attention import Attend
 from pruning.sublayers import last_rows
@@ -191,9 +192,10 @@ class ModelRunner:
         if (sources >= 0).any():
             ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
         rows = upload(batch.logit_rows, torch.long, device)
-        # A model runs on one row at least, needed or not.
-        going_on = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=device)
-        last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), going_on)
+        # Two go on at least, needed or not: a layer is compiled for any number of rows from two on,
+        # and once more for one, which only steps that are not recorded would ask for.
+        padded = rows if len(rows) > 1 else functional.pad(rows, (0, 2 - len(rows)))
+        last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), padded)
         output = self._model(
             ids[None],
             position_ids=upload(batch.positions, torch.long, device)[None],
@@ -201,7 +203,7 @@ class ModelRunner:
             attending_rows=batch.attending_rows,
             mlp_rows=batch.mlp_rows,
             last=last,
-            logits_to_keep=0 if last is not None and len(rows) else rows,  # 0: all
+            logits_to_keep=rows if last is None else torch.arange(len(rows), device=device),
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
 
