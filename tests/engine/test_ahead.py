@@ -30,7 +30,7 @@ class Compiled:
     width: int
     """Of the model that they were made for."""
     most: int
-    """Rows of steps without prompts, up to which they hold."""
+    """Rows up to which those of few rows hold."""
     hold_more: bool
     """Whether there are functions for more rows."""
 
