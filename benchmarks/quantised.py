@@ -59,7 +59,7 @@ from pruning.quantised import (
 )
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
-from server.engine.native import native_functions
+from server.engine.native import FOUR_BIT_OUTPUTS, native_functions
 
 INT4_COMPILED = "int4-compiled"
 """int4 as served once the layers are compiled; quality is that of uncompiled layers by the native
@@ -251,9 +251,11 @@ def _as_decoding(mode: str, base: BaseModel, rows: int) -> Iterator[None]:
 
 
 def _compute_by(base: BaseModel, product: QuantisedProduct, rows: int) -> None:
-    """Compute up to `rows` rows in few bits, those of layers by `product`."""
+    """Compute up to `rows` rows in few bits, those of layers by `product` if they have the outputs
+    that native functions take."""
     for linear in four_bit_layers(base.model):
-        linear.compute_by(product, rows)
+        is_taken = linear.out_features % FOUR_BIT_OUTPUTS == 0
+        linear.compute_by(product if is_taken else four_bit_product, rows)
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if isinstance(head, EightBitHead):
         head.compute_by(eight_bit_product, rows)

@@ -59,7 +59,7 @@ COMPILER = "compile"
 """The name of the thread that compiles in the background."""
 
 FEW = 32
-"""Rows of a step without prompts, at most."""
+"""Rows up to which a second thread in every loop is not worth it."""
 MANY = 1 << 16
 """More rows than a step has."""
 _EXAMPLE_ROWS = 3

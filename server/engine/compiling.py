@@ -183,6 +183,8 @@ def _half(node: Any, which: int) -> fx.Node | None:
     """Return p if node is the first or second half of p's last dimension."""
     if not isinstance(node, fx.Node) or node.target is not _aten.slice.Tensor:
         return None
+    if len(node.args) != 4:  # it takes every second one, or the like
+        return None
     whole, dim, start, end = node.args
     assert isinstance(whole, fx.Node)
     width = whole.meta["val"].shape[-1]
@@ -193,7 +195,7 @@ def _half(node: Any, which: int) -> fx.Node | None:
 
 def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
     """residual + linear(x, weight) becomes linear(x, weight, residual), if the layer returns it."""
-    if any(user.op != "output" for user in node.users) or node.kwargs:
+    if any(user.op != "output" for user in node.users):
         return
     for residual, viewed in _factors(node, _aten.add.Tensor):
         found = _product_of(viewed)
@@ -263,8 +265,9 @@ def _product_of(viewed: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _factors(node: Any, target: Any = _aten.mul.Tensor) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Yield both orders of a product's (or sum's) operands, if node is one of two tensors."""
-    if isinstance(node, fx.Node) and node.target is target:
+    """Yield both orders of a product's (or sum's) operands, if node is one of two tensors and
+    nothing more, as a factor of the second one is."""
+    if isinstance(node, fx.Node) and node.target is target and not node.kwargs:
         first, second = node.args[:2]
         if isinstance(first, fx.Node) and isinstance(second, fx.Node):
             yield first, second

@@ -7,11 +7,13 @@ says when that may begin, in `let_next_start`; one that says nothing lets it beg
 
 Two rules keep this safe, in kernels here and in what the compiler makes (compiling.py):
 
-- nothing that an earlier kernel of the step wrote is read before the wait, and nothing is stored;
+- nothing that the kernel before wrote is read before the wait, and nothing is stored;
 - no kernel lets the next one start before its own wait is over.
 
-The second makes the first enough: whoever starts knows that all kernels but the last are done. It
-comes late in a kernel besides: programs that wait take room from those that work.
+The second makes the first enough: whoever starts knows that all kernels but the last are done, so
+the compiler's read what those wrote as soon as they start. Those here read only what no kernel of
+the step writes. A kernel lets the next one start late: programs that wait take room from those that
+work.
 """
 
 from __future__ import annotations

@@ -37,9 +37,8 @@ def test_the_floor_is_what_the_roofline_counts_for_attention(before: int) -> Non
     operations = step_operations(CONFIG, [with_it]) - step_operations(CONFIG, [without])
     assert floor.operations == operations - 2 * matrices * rows
     moved = step_bytes(CONFIG, 2, [with_it], 1) - step_bytes(CONFIG, 2, [without], 1)
-    pages = moved - 2 * (
-        matrices + 1024
-    )  # of which the rows' own are read from the step, in 16 bits
+    pages = moved - 2 * (matrices + 1024)
+    # Of which the rows' own are read from the step, in 16 bits.
     own = 2 * rows * 2 * 128
     assert floor.bytes == pages - own + 2 * own + 2 * 2 * rows * 8 * 128
 

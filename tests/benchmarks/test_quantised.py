@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.quantised import Row, Speed, of_shape
+from benchmarks.quantised import Row, Speed, _decoded_logprobs, of_shape
 from benchmarks.roofline import Ceilings, parameters
 from benchmarks.shapes import llama_config
+from pruning.quantised import four_bit_layers, quantise, runs_here
+from server.engine.native import FOUR_BIT_OUTPUTS
+from tests.engine.tiny_engine import wrapped
+from tests.pruning.tiny_models import tiny_model
 
 CEILINGS = Ceilings(1e10, 2e10, 1e11)
 SPEED = Speed(batches=(1, 2), context=24, prompt=32, repeats=1)
@@ -39,6 +44,20 @@ def test_every_precision_reads_its_own_bytes() -> None:
     assert half.weight_bytes == 2 * (MATRICES + NORMS)
     assert 0.5 * MATRICES < four.weight_bytes < half.weight_bytes / 2
     assert exact.kv_bytes_per_token == 2 * half.kv_bytes_per_token == 2 * four.kv_bytes_per_token
+
+
+@pytest.mark.skipif(not runs_here(torch.device("cpu")), reason="needs AVX-512")
+def test_native_functions_predict_as_torchs_kernels_do_whatever_the_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.quantised.COMPILED", tmp_path)
+    base = wrapped(tiny_model("qwen2", layers=LAYERS, width=32))
+    quantise(base.model)
+    taken = {linear.out_features % FOUR_BIT_OUTPUTS == 0 for linear in four_bit_layers(base.model)}
+    assert False in taken
+    window = torch.arange(4, 24)
+    by_torch, native = (_decoded_logprobs(mode, base, window) for mode in ("int4", "int4-compiled"))
+    assert (native - by_torch).norm() < 0.05 * by_torch.norm()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

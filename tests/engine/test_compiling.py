@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
@@ -15,6 +16,7 @@ from pruning.attention import Attend, AttentionForm, CausalAttention
 from pruning.loading import BaseModel
 from pruning.projections import merge_projections
 from pruning.sublayers import last_rows
+from server.engine.attention import operator
 from server.engine.attention.kernels import Angles
 from server.engine.attention.operator import OperatorAttend
 from server.engine.batch import Batch
@@ -129,6 +131,53 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
         assert graph["attndrop.gated.default"] == (0 if family == "gemma2" else 1)
         # Attention rotates queries and keys, where the family does not in another dtype.
         assert (graph["aten.neg.default"] == 0) == (family != "olmo2")
+
+
+def turned(x: Tensor, first: slice, second: slice) -> Tensor:
+    return torch.cat([-x[..., second], x[..., first]], -1)
+
+
+def rotated_by(x: Tensor, angles: Angles, first: slice, second: slice, factor: float) -> Tensor:
+    """Return x, rotated as families write it if `first` and `second` are its halves."""
+    cos, sin = (each.unsqueeze(1) for each in angles)
+    return torch.add(x * cos, turned(x, first, second) * sin, alpha=factor)
+
+
+HALVES = slice(None, 4), slice(4, None)
+ROTATIONS: dict[str, Callable[[Tensor, Angles], Tensor]] = {
+    "of halves": lambda x, angles: rotated_by(x, angles, *HALVES, 1),
+    "swapped halves": lambda x, angles: rotated_by(x, angles, *reversed(HALVES), 1),
+    "neighbours": lambda x, angles: rotated_by(x, angles, slice(0, None, 2), slice(1, None, 2), 1),
+    "with a factor": lambda x, angles: rotated_by(x, angles, *HALVES, 2),
+    "of a part": lambda x, angles: torch.cat(
+        [rotated(x[..., :4], angles.cos[0, :, :4], angles.sin[0, :, :4]), x[..., 4:]], -1
+    ),
+    "none": lambda x, angles: x,
+}
+
+
+@pytest.mark.parametrize("same_angles", [True, False], ids=["", "keys by others"])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_only_rotations_of_halves_by_the_same_angles_are_left_to_attention(
+    rotation: str, same_angles: bool
+) -> None:
+    backend, rotate = Dense(), ROTATIONS[rotation]
+    attend = OperatorAttend(backend)
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    angles = torch.randn(4, 1, 5, 4).repeat(1, 1, 1, 2)
+
+    def layer(q: Tensor, k: Tensor, *angles: Tensor) -> Tensor:
+        own, other = Angles(*angles[:2]), Angles(*angles[2:])
+        q, k = rotate(q, own), rotate(k, own if same_angles else other)
+        return attend(0, q, k, k, AttentionForm(1.0))
+
+    traced = make_fx(layer, tracing_mode="fake")(q, k, *angles)
+    expected = traced(q, k, *angles)
+    Products()(traced.graph)
+    traced.recompile()
+    torch.testing.assert_close(traced(q, k, *angles), expected)
+    (node,) = (each for each in traced.graph.nodes if each.target is operator.attend)
+    assert (len(node.args) == 10) == (rotation == "of halves" and same_angles)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,8 @@ again instead of replayed: the same code, slowly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -106,6 +108,31 @@ def test_many_short_prompts_go_into_one_recorded_step() -> None:
     model = silenced(tiny_model(layers=LAYERS).double(), DROPPED["pruned"])
     for request in requests:
         assert recorder(request).tokens == greedy(model, request.prompt, 2)
+
+
+def test_steps_that_are_not_recorded_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row with logits, or none, is no other function than two are: a step that comes first in
+    the middle of traffic must not wait for a compiler."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    torch._dynamo.reset()
+    engine = fast_engine(VARIANTS, limits=CHUNKED, chunk_sizes=())
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(
+        graph: torch.fx.GraphModule, _: list[torch.Tensor]
+    ) -> Callable[..., tuple[torch.Tensor, ...]]:
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in engine._runner._model.get_decoder().layers:
+        layer.compile(backend=compiler, dynamic=True)
+    finish(engine, [new.request(prompt_of(seed, 5), "full", max_tokens=1) for seed in range(2)])
+    compiled = len(graphs)
+    assert compiled > 0
+    for length in (5, 20):
+        finish(engine, [new.request(prompt_of(length, length), "full", max_tokens=1)])
+    engine.stop()
+    assert len(graphs) == compiled
 
 
 @pytest.mark.parametrize(

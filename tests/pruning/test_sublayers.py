@@ -120,6 +120,20 @@ def test_rows_without_logits_end_where_nothing_attends_any_more(
     assert seen == [11 if index < kept else 2 for index in range(LAYERS)]
 
 
+@torch.no_grad()
+def test_rows_end_where_only_some_of_them_attend_last() -> None:
+    """As where the variant that attends longest is in a step with another."""
+    model = tiny_model(layers=LAYERS).double()
+    for layer in wrap(model):
+        layer.substitute = lambda normed: 0.1 * normed
+    attending = [11, 4, 4, 0]
+    expected = model(tokens(1, 11), attending_rows=attending).logits
+    for rows in (torch.tensor([3, 10]), torch.tensor([7]), torch.tensor([2])):
+        last = last_rows(attending, None, 11, rows)
+        got = model(tokens(1, 11), attending_rows=attending, last=last).logits
+        assert_equal(got, expected[:, rows])
+
+
 def test_nothing_ends_where_all_rows_have_logits_or_mlps_are_dropped() -> None:
     rows = torch.tensor([2])
     assert last_rows([3, 3], None, 3, rows) == (1, rows)
