@@ -110,10 +110,10 @@ def test_many_short_prompts_go_into_one_recorded_step() -> None:
         assert recorder(request).tokens == greedy(model, request.prompt, 2)
 
 
-def test_steps_that_are_not_recorded_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_steps_that_are_not_recorded_compile_nothing_anew() -> None:
     """One row with logits, or none, is no other function than two are: a step that comes first in
     the middle of traffic must not wait for a compiler."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     torch._dynamo.reset()
     engine = fast_engine(VARIANTS, limits=CHUNKED, chunk_sizes=())
     graphs: list[torch.fx.GraphModule] = []
