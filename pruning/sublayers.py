@@ -188,7 +188,7 @@ class WrappedLayer(nn.Module):
         attending = rows if attending_rows is None else attending_rows[index]
         attend = attend or CausalAttention()
         if last is not None and last.layer == index:
-            return self._compute_last(
+            return self._compute(
                 hidden_states, attending, index, position_embeddings, attend, last.rows
             )
         if mlp_rows is None or mlp_rows[index] == rows:
@@ -226,9 +226,6 @@ class WrappedLayer(nn.Module):
         `forward`, which looks up what is its own, stays as it is.
         """
         self._compute = torch.compile(self._compute, *args, **kwargs)  # type: ignore[method-assign]
-        self._compute_last = torch.compile(  # type: ignore[method-assign]
-            self._compute_last, *args, **kwargs
-        )
 
     def computed(self) -> tuple[AttentionFunction, Callable[[Tensor], Tensor]]:
         """Return what computes the attention sublayer of rows that all attend, and the MLP's."""
@@ -246,26 +243,13 @@ class WrappedLayer(nn.Module):
         layer: int,
         embeddings: tuple[Tensor, Tensor],
         attend: Attend,
+        going_on: Tensor | None = None,
     ) -> Tensor:
+        """Apply both sublayers, the MLP to the rows that go on, None: all."""
         hidden = self.attention(
             hidden, attending, position_embeddings=embeddings, attend=attend, layer=layer
         )
-        return self.mlp(hidden)  # type: ignore[no-any-return]
-
-    def _compute_last(
-        self,
-        hidden: Tensor,
-        attending: int,
-        layer: int,
-        embeddings: tuple[Tensor, Tensor],
-        attend: Attend,
-        rows: Tensor,
-    ) -> Tensor:
-        """Do the same, but go on with these rows only."""
-        hidden = self.attention(
-            hidden, attending, position_embeddings=embeddings, attend=attend, layer=layer
-        )
-        return self.mlp(hidden[:, rows])  # type: ignore[no-any-return]
+        return self.mlp(hidden if going_on is None else hidden[:, going_on])  # type: ignore[no-any-return]
 
 
 def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:

@@ -93,6 +93,7 @@ class StepGraphs:
         self.chunk_sizes = chunk_sizes
         weight = next(model.parameters())
         device = weight.device
+        self._chunk_layouts: dict[Shape, Chunks] = {}  # making one takes longer than asking it
         self._largest = next((s for s in MIXED_SIZES if s >= most_rows), MIXED_SIZES[-1])
         places = len(variants) * self._largest
         self.last_tokens = torch.zeros(max(places, most_rows), dtype=torch.long, device=device)
@@ -176,7 +177,11 @@ class StepGraphs:
         return SingleRows(recording.shape, self._variants)
 
     def _chunks(self, shape: Shape) -> Chunks:
-        return Chunks(shape, self._variants, self._largest, self._backend.tiling(sum(shape)))
+        if (layout := self._chunk_layouts.get(shape)) is None:
+            tiling = self._backend.tiling(sum(shape))
+            layout = Chunks(shape, self._variants, self._largest, tiling)
+            self._chunk_layouts[shape] = layout
+        return layout
 
     def _record(self, recording: Recording) -> _Recorded:
         layout = self._layout(recording)
