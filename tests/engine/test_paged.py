@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from server.engine.attention.paged import PagedBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.batch import Batch, build_batch
 from server.engine.layouts import Chunks
-from server.engine.pages import PagePool, page_layout
+from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.scheduler import Limits, Scheduler
 from tests.engine.interpreter import round_to_nearest_even
 from tests.engine.tiny_engine import Numbered, tiny_variants
@@ -74,14 +75,32 @@ def queries_keys_values(heads: int, kv_heads: int, rows: int, dim: int) -> Itera
         yield torch.randn(1, count, rows, dim, dtype=DTYPE, device=DEVICE)
 
 
+class Both(NamedTuple):
+    """Two backends of some variants, each on pages of its own that begin with the same numbers."""
+
+    variants: Variants
+    layout: PageLayout
+    pool: torch.Tensor
+    exact: torch.Tensor
+    """In float64, the reference's."""
+    paged: PagedBackend
+    reference: SdpaBackend
+
+
+def both_backends(heads: int, kv_heads: int, dim: int, dtype: torch.dtype = DTYPE) -> Both:
+    variants = tiny_variants(8, pruned={2, 3, 5})
+    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
+    pool = torch.randn(200, layout.page_elements, device=DEVICE).to(dtype)
+    exact = pool.double()
+    paged = PagedBackend(pool, layout, variants, heads, kv_heads)
+    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    return Both(variants, layout, pool, exact, paged, reference)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_paged_equals_sdpa(form: tuple[int, int, int, AttentionForm]) -> None:
     heads, kv_heads, dim, shape = form
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(200, layout.page_elements, dtype=DTYPE, device=DEVICE)
-    paged = PagedBackend(pool.clone(), layout, variants, heads, kv_heads)
-    reference = SdpaBackend(pool.double(), layout, variants, kv_heads)
+    variants, layout, _, _, paged, reference = both_backends(heads, kv_heads, dim)
     batch = mixed_batch(variants, layout, 200)
     assert len({int(count) for count in batch.lengths}) > 4
     for backend in (paged, reference):
@@ -104,12 +123,7 @@ def test_paged_rotates_queries_and_keys(
 ) -> None:
     round_to_nearest_even(monkeypatch)
     heads, kv_heads, dim, shape = form
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(200, layout.page_elements, device=DEVICE).to(dtype)
-    exact = pool.double()
-    paged = PagedBackend(pool, layout, variants, heads, kv_heads)
-    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    variants, layout, pool, exact, paged, reference = both_backends(heads, kv_heads, dim, dtype)
     for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
         for backend in (paged, reference):
             backend.prepare(batch)
@@ -137,12 +151,7 @@ def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
     """Both for what is read and for what is left in the pages; some values are beyond E4M3."""
     round_to_nearest_even(monkeypatch)
     heads, kv_heads, dim, shape = form
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(200, layout.page_elements, device=DEVICE).to(E4M3)
-    exact = pool.double()
-    paged = PagedBackend(pool, layout, variants, heads, kv_heads)
-    reference = SdpaBackend(exact, layout, variants, kv_heads)
+    variants, layout, pool, exact, paged, reference = both_backends(heads, kv_heads, dim, E4M3)
     for batch in (mixed_batch(variants, layout, 200), decode_batch(variants, layout, 200)):
         for backend in (paged, reference):
             backend.prepare(batch)
@@ -163,11 +172,7 @@ def test_pages_in_eight_bits_equal_sdpa_on_what_was_rounded(
 def test_one_recorded_shape_serves_chunks_after_any_context(form: str) -> None:
     """A prompt's first chunk, whose tiles are whole, and later ones, whose tiles are cut."""
     heads, kv_heads, dim, shape = FORMS[form]
-    variants = tiny_variants(8, pruned={2, 3, 5})
-    layout = page_layout([len(g.layers) for g in variants.groups], 2 * kv_heads * dim)
-    pool = torch.randn(200, layout.page_elements, dtype=DTYPE, device=DEVICE)
-    paged = PagedBackend(pool.clone(), layout, variants, heads, kv_heads)
-    reference = SdpaBackend(pool.double(), layout, variants, kv_heads)
+    variants, layout, _, _, paged, reference = both_backends(heads, kv_heads, dim)
     scheduler = Scheduler(Limits(tokens_per_step=100), variants, layout, PagePool(200))
     for length, variant in ((3, "full"), (900, "full"), (30, "pruned")):
         scheduler.add(new.request([5] * length, variant))
