@@ -49,5 +49,4 @@ inline void transpose(const Bfloat16* const* rows, Pair* to, Index stride, __mma
   });
 }
 
-
 }  // namespace
