@@ -51,9 +51,11 @@ from benchmarks.roofline import (
 )
 from server.engine.assembly import KvCacheDtype, kv_dtype
 from server.engine.attention import kernels
-from server.engine.attention.paged import choose_splits, multiprocessors
+from server.engine.attention.chunks import attend_chunks
+from server.engine.attention.paged import choose_splits
 from server.engine.attention.tiles import Tiling, choose_tiling, chunk_items, count_tiles
 from server.engine.graphs import CHUNK_SIZES
+from server.engine.multiprocessor import multiprocessors
 
 _DIM, _PAGE = 128, 16
 _SPLITS = (1, 2, 4, 8, 16, 32)
@@ -239,7 +241,7 @@ def _chunk(
         items = torch.from_numpy(tiled.items).cuda()
 
         def attend(layer: int) -> None:
-            kernels.attend_chunks(
+            attend_chunks(
                 query, key, value, *pages.layer(layer),
                 pages.tables, tables, items, starts, lengths, out,
                 tile_rows=tiled.tiling.rows, parts=tiled.parts,

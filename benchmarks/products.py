@@ -1,12 +1,12 @@
-"""Matrix products of few rows on a GPU: ours beside cuBLAS and beside the bytes they read.
+"""Matrix products on a GPU: ours beside cuBLAS and beside the bytes they read.
 
     python -m benchmarks.products --shape llama-3-8b --rows 1,8,16,32,64,128 --weights bfloat16,int8
 
 The weights of one decoder layer and the head, as a step multiplies by them: q, k and v merged, gate
 and up merged with what follows them. The ceiling is a weight's bytes over the copy bandwidth of
-this run. Kernels run in a CUDA graph over as many copies as do not fit the device's cache. cuBLAS
-multiplies by bfloat16; beside int8 stands torchao's weight-only product, compiled, if that package
-is there.
+this run or, where that takes longer, operations over its matrix rate. Kernels run in a CUDA graph
+over as many copies as do not fit the device's cache. cuBLAS multiplies by bfloat16; beside int8
+stands torchao's weight-only product, compiled, if that package is there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.inprocess import machine
-from benchmarks.roofline import copies_beyond_cache, graph_seconds, measure_ceilings
+from benchmarks.roofline import Ceilings, copies_beyond_cache, graph_seconds, measure_ceilings
 from benchmarks.shapes import llama_config
 from pruning.families import kv_shape
 from server.engine import linear
 from server.engine.eight_bits import eight_bits
+from server.engine.gated_rows import gate
 
 Weight = TypeVar("Weight")
 
@@ -75,7 +76,7 @@ def main(
         row
         for product in _products(shape)
         for count in counts
-        for row in _rows(product, count, weights.split(","), ceilings.copy_bytes_per_second)
+        for row in _rows(product, count, weights.split(","), ceilings)
     ]
     Console(width=160).print(_table(shape, found))
     if output is not None:
@@ -101,11 +102,10 @@ def _products(shape: str) -> list[Product]:
 
 
 @torch.inference_mode()
-def _rows(
-    product: Product, rows: int, kinds: Sequence[str], bytes_per_second: float
-) -> Iterator[Row]:
+def _rows(product: Product, rows: int, kinds: Sequence[str], ceilings: Ceilings) -> Iterator[Row]:
     """Yield a row for each kind of weights."""
     elements = product.outputs * product.inputs
+    operations = 2 * rows * elements / ceilings.operations_per_second
     weights = [
         torch.randn(product.outputs, product.inputs, dtype=torch.bfloat16, device="cuda") / 64
         for _ in range(copies_beyond_cache(elements))  # in one byte each, too
@@ -122,7 +122,7 @@ def _rows(
             ours=_ours(x, weights, kind, product.gated),
             cublas=cublas,
             torchao=_torchao(x, weights, product.gated) if kind == "int8" else None,
-            ceiling=elements * itemsize / bytes_per_second * 1e6,
+            ceiling=max(elements * itemsize / ceilings.copy_bytes_per_second, operations) * 1e6,
         )
 
 
@@ -163,7 +163,7 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def _gated(x: Tensor, weight: Tensor) -> Tensor:
     """Return what `linear.gated` does where cuBLAS computes the product."""
-    return linear.gate(functional.linear(x, weight))
+    return gate(functional.linear(x, weight))
 
 
 def _microseconds(work: Callable[[Weight], object], weights: Sequence[Weight]) -> float:

@@ -31,6 +31,7 @@ _aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 _linear = linear.linear
 _gated = linear.gated
+_add_product = linear.add_product
 _attend = operator.attend
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
 _TURNS = frozenset({_aten.permute.default, _aten.t.default})
@@ -46,8 +47,8 @@ class Products(CustomGraphPass):
     - All of them go to `linear`, where those with weights in eight bits are from the start.
     - silu(gate) * up goes to `gated`.
     - Rotary embeddings of whole heads are left to `attend`.
-    - The sum that ends a layer, with the residual stream, is part of its last product. (The one in
-      the middle is part of the norm after it.)
+    - The sum that ends a layer, with the residual stream, is part of its last product, in place
+      where the layer made that stream itself. (The one in the middle is part of the norm after it.)
 
     What is not written as these patterns expect stays as it is.
     """
@@ -206,10 +207,20 @@ def _join_sum(graph: fx.Graph, node: fx.Node) -> None:
         x, weight, _, *scale = found
         with graph.inserting_before(node):
             flat = _call(graph, _aten.squeeze.dim, residual, 0)
-            joined = _call(graph, _linear, x, weight, flat, *scale)
-            shaped = _call(graph, _aten.unsqueeze.default, joined, 0)
+            if not scale and _is_over(graph, residual):
+                _call(graph, _add_product, x, weight, flat)
+            else:
+                flat = _call(graph, _linear, x, weight, flat, *scale)
+            shaped = _call(graph, _aten.unsqueeze.default, flat, 0)
         node.replace_all_uses_with(shaped)
         return
+
+
+def _is_over(graph: fx.Graph, residual: fx.Node) -> bool:
+    """Return whether the residual stream may be overwritten by the last sum: where the layer made
+    it by a sum of its own, which nothing that is returned may be a view of."""
+    made = residual.target is _aten.add.Tensor
+    return made and all(user.op != "output" for user in residual.users)
 
 
 def _leave_rotation(graph: fx.Graph, node: fx.Node) -> None:

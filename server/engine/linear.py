@@ -12,15 +12,14 @@ follows a product is cheap beside it and a kernel launch is not, so it takes par
 of its own.) A weight in eight bits (eight_bits.py) comes with one scale an output: the kernel reads
 its bytes, turns them into wider numbers in registers (packing.py), and scales the sums.
 
-Products of many rows go to cuBLAS (many_rows.py, from eight bits); which one runs is decided at
-each call. Compiled layers call these as opaque operators (compiling.py puts them in the place of
-torch's).
+Products of more rows go to cuBLAS (many_rows.py, from eight bits), gated ones to gated_rows.py;
+which one runs is decided at each call. Compiled layers call these as opaque operators
+(compiling.py puts them in the place of torch's).
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,13 +30,13 @@ from torch.nn import functional
 
 from server.engine import many_rows
 from server.engine.early import launches_early, let_next_start, wait_for_previous
-from server.engine.operators import operator
+from server.engine.gated_rows import SOME_ROWS, gate, gated_of_many_rows, gated_of_some_rows
+from server.engine.multiprocessor import stages
+from server.engine.operators import in_place, operator
 from server.engine.packing import first_input, numbers
 
 _MOST_ROWS, _MOST_ROWS_OF_NARROW = 64, 32
 """Beyond these cuBLAS is as fast."""
-_FEW_ROWS_OF_GATED, _MOST_ROWS_OF_GATED = 32, 128
-"""Where silu(g) * u is part of the product, by one kernel and the other."""
 _MOST_ROWS_OF_EIGHT_BITS = 128
 """Beyond these, what cuBLAS needs first (a wider weight, or rows in eight bits) is worth it."""
 _WIDE = 8192
@@ -133,46 +132,6 @@ def _plus(
     return acc
 
 
-@triton.jit
-def _gated_rows(
-    x, weight, y, rows, outputs, inputs, x_row, weight_row, y_row,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """One program: OUTPUTS outputs of all rows, which are enough to stand on the left."""
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, item = tl.arange(0, ROWS), tl.arange(0, INPUTS)
-    exists, asked = output < outputs, row < rows
-    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    up = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    given = x + row[:, None] * x_row + item[None, :]
-    band = weight + output[None, :].to(tl.int64) * weight_row + item[:, None]
-    second = outputs.to(tl.int64) * weight_row
-    wait_for_previous(EARLY)
-    for _ in range(0, inputs, INPUTS):
-        part = tl.load(given, asked[:, None], 0.0)
-        tile = tl.load(band, exists[None, :], eviction_policy="evict_first")
-        acc = tl.dot(part, tile, acc, input_precision="ieee")
-        tile = tl.load(band + second, exists[None, :], eviction_policy="evict_first")
-        up = tl.dot(part, tile, up, input_precision="ieee")
-        given += INPUTS
-        band += INPUTS
-    let_next_start(EARLY)
-    acc = acc / (1 + tl.exp(-acc)) * up
-    target = y + row[:, None] * y_row + output[None, :]
-    tl.store(target, acc.to(y.dtype.element_ty), asked[:, None] & exists[None, :])
-
-
-@triton.jit
-def _gate(x, y, width, WIDTH: tl.constexpr):  # fmt: skip
-    """One program: a piece of a row. x is [rows, 2 * width]."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    gate = tl.load(x + row * 2 * width + at, at < width, 0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * width + width + at, at < width, 0.0).to(tl.float32)
-    opened = (gate / (1 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * width + at, (opened * up).to(y.dtype.element_ty), at < width)
-
-
 def _linear_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -193,6 +152,17 @@ def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None
     return torch.addmm(added, x, weight.t())
 
 
+@in_place("total")
+def add_product(x: Tensor, weight: Tensor, total: Tensor) -> None:
+    """Add x @ weight.T to total [rows, outputs], which cuBLAS copies where it is `linear`'s."""
+    if _suits(x, weight):
+        _multiply(x, weight, total, None, gated=False, into=total)
+    elif len(x) == 1:  # whose stride may be none, which cuBLAS does not take
+        total.add_(functional.linear(x, weight))
+    else:
+        total.addmm_(x, weight.t())
+
+
 def _gated_shape(x: Tensor, weight: Tensor, *others: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
@@ -203,22 +173,13 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     x is [rows, inputs], weight [2 * outputs, inputs], scale as in `linear`.
     """
-    some = scale is None and _FEW_ROWS_OF_GATED < x.shape[0] <= _MOST_ROWS_OF_GATED
-    if some and _is_laid_out(x, weight):
-        return _gated_of_some_rows(x, weight)
+    if scale is None and x.shape[0] in SOME_ROWS and _is_laid_out(x, weight):
+        return gated_of_some_rows(x, weight)
     if _suits(x, weight):
         return _multiply(x, weight, None, scale, gated=True)
     if scale is not None:
         return gate(many_rows.scaled_linear(x, weight, None, scale))
-    return gate(functional.linear(x, weight))
-
-
-def gate(both: Tensor) -> Tensor:
-    """Return silu(g) * u, where both is [rows, g and u side by side]."""
-    rows, width = both.shape[0], both.shape[1] // 2
-    y = torch.empty(rows, width, dtype=both.dtype, device=both.device)
-    _gate[(rows, triton.cdiv(width, 2048))](both, y, width, 2048)
-    return y
+    return gated_of_many_rows(x, weight)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -243,16 +204,24 @@ def _is_laid_out(x: Tensor, weight: Tensor) -> bool:
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None, *, gated: bool
+    x: Tensor,
+    weight: Tensor,
+    added: Tensor | None,
+    scale: Tensor | None,
+    *,
+    gated: bool,
+    into: Tensor | None = None,
 ) -> Tensor:
+    """Return the product in a tensor of its own or `into` one, which may be what is added."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    y = x.new_empty(rows, outputs) if into is None else into
     more = y if added is None else added.expand(rows, outputs)
     padded = max(16, triton.next_power_of_2(rows))
     tile = tiling(outputs, inputs, padded, weight.dtype.itemsize, gated)
     early = launches_early(x.device)
     at_once = (2 * tile.outputs if gated else tile.outputs) * weight.dtype.itemsize
+    bytes_of_stage = tile.inputs * (at_once + padded * x.dtype.itemsize)
     items = weight if scale is None else weight.view(torch.int16)
     _few_rows[(triton.cdiv(outputs, tile.outputs),)](
         x, items, y if scale is None else scale, more, y, rows, outputs, inputs,
@@ -261,38 +230,6 @@ def _multiply(
         scale is not None, weight.dtype == torch.float8_e4m3fn, added is not None, gated,
         x.device.type == "cpu", early, launch_pdl=early,
         num_warps=tile.warps,
-        num_stages=_stages(tile, at_once + padded * x.dtype.itemsize, x.device),
+        num_stages=stages(tile.stages, bytes_of_stage, x.device),
     )  # fmt: skip
     return y
-
-
-def _gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `gated` of more rows than `_few_rows` is for; swept on an H200."""
-    rows, inputs = x.shape
-    outputs = weight.shape[0] // 2
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    padded = max(64, triton.next_power_of_2(rows))
-    tile = Tiling(128, 64, 4, 8)
-    early = launches_early(x.device)
-    an_input = (2 * tile.outputs + padded) * x.dtype.itemsize
-    _gated_rows[(triton.cdiv(outputs, tile.outputs),)](
-        x, weight, y, rows, outputs, inputs, x.stride(0), weight.stride(0), y.stride(0),
-        padded, tile.outputs, tile.inputs, early, launch_pdl=early,
-        num_warps=tile.warps, num_stages=_stages(tile, an_input, x.device),
-    )  # fmt: skip
-    return y
-
-
-def _stages(tile: Tiling, bytes_of_an_input: int, device: torch.device) -> int:
-    """Return the steps whose tiles are on their way at once, as far as there is room."""
-    room = _shared_memory(device) // (tile.inputs * bytes_of_an_input)
-    return max(2, min(tile.stages, room))
-
-
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """Return the bytes that one program may take."""
-    if device.type != "cuda":
-        return 227 << 10  # the kernels are interpreted, as on an H100
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])

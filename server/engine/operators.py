@@ -8,7 +8,7 @@ Registered by the library itself, a function is called and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("attndrop", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def in_place(changed: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Turn a function that returns nothing and changes the argument of this name, and no other,
+    into the operator of its name."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        _define(function, (changed,))
+        torch.library.register_fake(f"attndrop::{function.__name__}", lambda *_: None, lib=_LIBRARY)
+        return _operator(function)
+
+    return register
 
 
 def operator(shape: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -23,10 +36,18 @@ def operator(shape: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Ca
     return a tensor of its own; `shape` returns one that is like it, for a compiler."""
 
     def register(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        name = function.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))  # type: ignore[no-untyped-call]
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        torch.library.register_fake(f"attndrop::{name}", shape, lib=_LIBRARY)
-        return cast("Callable[P, Tensor]", getattr(torch.ops.attndrop, name).default)
+        _define(function, ())
+        torch.library.register_fake(f"attndrop::{function.__name__}", shape, lib=_LIBRARY)
+        return _operator(function)
 
     return register
+
+
+def _define(function: Callable[..., object], changed: tuple[str, ...]) -> None:
+    name = function.__name__
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=changed))  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def _operator(function: F) -> F:
+    return cast("F", getattr(torch.ops.attndrop, function.__name__).default)

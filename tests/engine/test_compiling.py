@@ -125,12 +125,16 @@ def test_compiled_layers_are_as_exact_as_the_familys_own_code(
     assert attending_layers
     for graph in attending_layers:
         # Queries, keys and values are one product, and so are gate and up.
-        products = graph["attndrop.linear.default"] + graph["attndrop.gated.default"]
+        out_of_place = graph["attndrop.linear.default"] + graph["attndrop.gated.default"]
+        products = out_of_place + graph["attndrop.add_product.default"]
         assert products == 4 * graph["attndrop.attend.default"]
         assert graph["aten.mm.default"] == graph["aten.addmm.default"] == 0
         assert graph["attndrop.gated.default"] == (0 if family == "gemma2" else 1)
         # Attention rotates queries and keys, where the family does not in another dtype.
         assert (graph["aten.neg.default"] == 0) == (family != "olmo2")
+    # Where all rows attend and go on, and no norm comes between, the last sum is in place.
+    in_place = any(graph["attndrop.add_product.default"] for graph in attending_layers)
+    assert in_place == (family in ("llama", "qwen3"))
 
 
 def turned(x: Tensor, first: slice, second: slice) -> Tensor:

@@ -19,8 +19,9 @@ from pruning.projections import MergedProjection, merge_projections
 from pruning.sublayers import wrap
 from pruning.variants import Variant, Variants
 from server.engine.attention.tiles import Tiling, choose_tiling
+from server.engine.batch import Batch
 from server.engine.engine import Engine
-from server.engine.graphs import CHUNK_SIZES, chunk_sizes_for
+from server.engine.graphs import CHUNK_SIZES, Recording, StepGraphs, chunk_sizes_for
 from server.engine.layouts import Chunks, SingleRows
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Limits
@@ -53,6 +54,19 @@ def finish(engine: Engine, requests: list[Request]) -> None:
 def prompt_of(seed: int, length: int) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(4, 80, (length,), generator=generator).tolist())
+
+
+def used_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording | None]:
+    """Return a list that will hold what each step is computed by; None: kernel by kernel."""
+    used: list[Recording | None] = []
+    choose = StepGraphs._recording
+
+    def watched(graphs: StepGraphs, batch: Batch) -> Recording | None:
+        used.append(choose(graphs, batch))
+        return used[-1]
+
+    monkeypatch.setattr(StepGraphs, "_recording", watched)
+    return used
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -93,18 +107,18 @@ def test_prompts_in_recorded_steps_give_the_reference_tokens() -> None:
         assert recorder(request).tokens == greedy(model, request.prompt, 5)
 
 
-def test_many_short_prompts_go_into_one_recorded_step() -> None:
+def test_many_short_prompts_go_into_one_recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than a step of so few rows has room for: the next larger one has."""
+    used = used_recordings(monkeypatch)
     limits = Limits(tokens_per_step=64, running=20)
     engine = fast_engine(VARIANTS, limits=limits, pages=100, chunk_sizes=(64, 256))
-    recorded = engine._runner._graphs._recorded
     prompts = [prompt_of(seed, 2 + seed % 3) for seed in range(20)]
     assert sum(map(len, prompts)) < 64
     assert len(prompts) > choose_tiling(64, 4, 16, 132).most_items(64)
     requests = [new.request(prompt, "pruned", max_tokens=2) for prompt in prompts]
     finish(engine, requests)
     engine.stop()
-    assert [each.shape for each in recorded if each.chunks] == [(0, 0, 256)]
+    assert [each.shape for each in used if each is not None and each.chunks] == [(0, 0, 256)]
     model = silenced(tiny_model(layers=LAYERS).double(), DROPPED["pruned"])
     for request in requests:
         assert recorder(request).tokens == greedy(model, request.prompt, 2)

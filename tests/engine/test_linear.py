@@ -9,10 +9,11 @@ from torch.nn import functional
 pytest.importorskip("triton")
 
 from server.engine.eight_bits import KINDS, EightBits, Kind, eight_bits
+from server.engine.gated_rows import gated_of_some_rows, gated_tiles
 from server.engine.linear import (
     _MOST_ROWS_OF_EIGHT_BITS,
-    _gated_of_some_rows,
     _multiply,
+    add_product,
     gated,
     linear,
 )
@@ -45,6 +46,19 @@ def test_a_product_and_what_is_added(rows: int, outputs: int, inputs: int) -> No
         assert error(linear(x, weight, added), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 8, 16), (5, 8, 16), (1, 2048, 256), (40, 2048, 256)]
+)
+def test_a_product_goes_into_a_sum(rows: int, outputs: int, inputs: int) -> None:
+    """By torch and by the kernel, which is for wide weights."""
+    x, weight, total = random(rows, inputs), random(outputs, inputs), random(rows, outputs)
+    if rows == 1:
+        total = total.as_strided((1, outputs), (0, 1))  # as the compiler has it
+    expected = total.double() + x.double() @ weight.double().T
+    add_product(x, weight, total)
+    assert error(total, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 40, 512), (17, 100, 256)])
 def test_a_gated_product(rows: int, outputs: int, inputs: int) -> None:
     x, weight = random(rows, inputs), random(2 * outputs, inputs)
@@ -58,11 +72,28 @@ def test_a_gated_product(rows: int, outputs: int, inputs: int) -> None:
 def test_a_gated_product_of_some_rows(rows: int, outputs: int, inputs: int) -> None:
     x, weight = random(rows, inputs), random(2 * outputs, inputs)
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
-    assert error(_gated_of_some_rows(x, weight), functional.silu(gate) * up) < TOLERANCE
+    assert error(gated_of_some_rows(x, weight), functional.silu(gate) * up) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 8, 64), (130, 200, 96), (300, 136, 72), (2200, 8, 8)]
+)
+def test_a_gated_product_in_tiles(rows: int, outputs: int, inputs: int) -> None:
+    """Of one tile, of tiles that nothing fills to the end, and of more than one band."""
+    x, weight = random(rows, inputs), random(2 * outputs, inputs)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    assert error(gated_tiles(x, weight), functional.silu(gate) * up) < TOLERANCE
+
+
+def test_tiles_take_rows_that_do_not_lie_side_by_side() -> None:
+    wide, weight = random(140, 2 * 64), random(2 * 40, 64)
+    x = wide[:, 64:]
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
+    assert error(gated_tiles(x, weight), functional.silu(gate) * up) < TOLERANCE
 
 
 @pytest.mark.skipif(not ON_GPU, reason="narrow and wide rows take different ways on a GPU only")
-@pytest.mark.parametrize("rows", [1, 16, 33, 64, 65, 128, 129, 300])
+@pytest.mark.parametrize("rows", [1, 16, 33, 64, 65, 128, 129, 300, 513, 2049])
 def test_every_number_of_rows(rows: int) -> None:
     x, weight, added = random(rows, 4096) / 64, random(6144, 4096), random(rows, 6144)
     product = x.double() @ weight.double().T

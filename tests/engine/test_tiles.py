@@ -13,8 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pruning.attention import AttentionForm
+from server.engine.attention.chunks import attend_chunks
 from server.engine.attention.eight_bits import E4M3
-from server.engine.attention.kernels import attend_chunks
 from server.engine.attention.tiles import (
     BLOCK,
     Tiling,
@@ -93,6 +93,13 @@ def test_every_row_is_in_one_tile_and_every_tile_is_whole() -> None:
 def test_tiles_that_see_most_go_first() -> None:
     items = items_of([150, 40], [0, 100], Tiling(64, 0))
     assert items == [[0, 128, 0, 1], [1, 0, 0, 1], [0, 64, 0, 1], [0, 0, 0, 1]]
+
+
+def test_long_tiles_keep_to_their_sequence_and_short_ones_fill_the_end() -> None:
+    items = items_of([1152, 1088], [0, 0], Tiling(64, 0))
+    tiles = [(sequence, first // 64) for sequence, first, *_ in items]
+    assert tiles[:5] == [(0, 17), (0, 16), (0, 15), (1, 16), (1, 15)]
+    assert tiles[5:9] == [(0, 14), (1, 14), (0, 13), (1, 13)]
 
 
 def test_few_rows_after_much_are_cut_into_equal_shares() -> None:
@@ -208,6 +215,18 @@ class Step:
             scores.masked_fill_(hidden, float("-inf"))
             out[own] = (scores.softmax(-1) @ v).transpose(0, 1)
         return out
+
+
+def test_what_is_wrong_with_one_sequence_stays_there() -> None:
+    """Its numbers may be none (inf - inf): not even multiplied by zero they reach another one."""
+    form = AttentionForm(scaling=0.25)
+    step = Step.of([(70, 0), (5, 0), (130, 20)], 4, 2, 16, eight=False)
+    good = step.attended(Tiling(64, 0), form, None)
+    step.key[70:75] = step.value[70:75] = float("nan")
+    got = step.attended(Tiling(64, 0), form, None)
+    assert got[70:75].isnan().all()
+    assert torch.equal(got[:70], good[:70])
+    assert torch.equal(got[75:], good[75:])
 
 
 @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from pruning.attention import AttentionForm
 from pruning.variants import Variants
+from server.engine.attention.chunks import attend_chunks
 from server.engine.attention.kernels import (
     Angles,
-    attend_chunks,
     decode,
     decode_tiling,
     write_pages,
@@ -27,6 +26,7 @@ from server.engine.attention.kernels import (
 from server.engine.attention.tiles import Tiling, choose_tiling, chunk_items
 from server.engine.attention.views import layer_views
 from server.engine.batch import Batch, GroupRows
+from server.engine.multiprocessor import multiprocessors
 from server.engine.pages import PageLayout
 from server.engine.transfer import upload_together
 
@@ -192,11 +192,3 @@ def choose_splits(programs: int, held: int, longest: int) -> int:
 
     wanted = [1 << power for power in range(_MOST_SPLITS.bit_length())]
     return min((s for s in wanted if s == 1 or s * _SPLIT_TOKENS <= tokens), key=duration)
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many a device has."""
-    if device.type != "cuda":
-        return 132  # the kernels are interpreted; splits as on an H100 are tested
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -32,6 +32,9 @@ _WIDE_HEAD = 128
 """Of wider heads a multiprocessor has registers and shared memory for one tile at a time."""
 _LEAST_BLOCKS = 3
 """Blocks of a part: each has its own start and result, some blocks' worth of time."""
+_LONG = 16
+"""Blocks that a tile sees from which on it goes with others of its sequence: keys and values of one
+long sequence find room in the L2 cache. Tiles that see less fill what is left idle at the end."""
 _WORTHWHILE = 0.75
 """Of the longest tile's blocks, what its longest part must not exceed, or nothing is cut: tiles
 that just do not fill the device would be cut into parts that do not all run at once."""
@@ -87,7 +90,8 @@ def chunk_items(
     """Return the items [items, 4] of chunks, no more than `room` if their tiles are not.
 
     sequences are their numbers, counts their rows, all more than one, and lengths their tokens, all
-    [chunks]. Parts come before whole tiles, those of a tile together, and each kind heaviest first.
+    [chunks]. Parts come before whole tiles, those of a tile together, and each kind heaviest first,
+    but that tiles which see much keep to their sequence.
     """
     tiles = -(-counts // tiling.rows)
     owner = np.arange(len(tiles)).repeat(tiles)
@@ -95,7 +99,8 @@ def chunk_items(
     own = counts[owner]
     blocks = -(-(lengths[owner] - own + np.minimum(first + tiling.rows, own)) // BLOCK)
     parts = _parts(blocks, tiling, room)
-    order = np.lexsort((-blocks, parts == 1))
+    is_long = blocks >= _LONG
+    order = np.lexsort((-blocks, owner * is_long, ~is_long, parts == 1))
     parts = parts[order]
     tile = order.repeat(parts)
     items = np.empty((len(tile), 4), dtype=np.int32)

@@ -1,0 +1,34 @@
+"""How many multiprocessors a device has, and what a kernel's program finds on one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+_SHARED_MEMORY, _MULTIPROCESSORS = 227 << 10, 132
+"""Where kernels are interpreted: as on an H100, whose ways are tested then."""
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes that one program may take."""
+    if device.type != "cuda":
+        return _SHARED_MEMORY
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many a device has."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stages(most: int, bytes_of_one: int, device: torch.device) -> int:
+    """Return the steps whose tiles are on their way from memory at once: `most`, as far as there is
+    room, and two at least."""
+    return max(2, min(most, shared_memory(device) // bytes_of_one))
