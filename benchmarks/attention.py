@@ -212,12 +212,13 @@ def _ours(query: Tensor, pages: Pages, splits: int) -> Callable[[int], None]:
     numbers = torch.arange(batch, dtype=torch.int32, device=query.device)
     slots = pages.tables[:, last // _PAGE] * _PAGE + last % _PAGE
     starts, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, pages.context)
-    out = torch.empty_like(query)
+    out, angles = torch.empty_like(query), _angles(batch)
 
     def attend(layer: int) -> None:
         kernels.decode(
             query, row, row, *pages.layer(layer), pages.tables, starts, numbers, slots, lengths,
             out, writes=True, scaling=_DIM**-0.5, window=None, softcap=0.0, splits=splits,
+            angles=angles,
         )  # fmt: skip
 
     return attend
@@ -235,7 +236,7 @@ def _chunk(
     starts = torch.arange(prompts + 1, dtype=torch.int32, device="cuda") * tokens
     numbers = torch.arange(prompts, dtype=torch.int32, device="cuda")
     tables, lengths = numbers * pages.tables.shape[1], torch.full_like(numbers, before + tokens)
-    out = torch.empty_like(query)
+    out, angles = torch.empty_like(query), _angles(rows)
 
     def ours(tiled: Tiled) -> float:
         items = torch.from_numpy(tiled.items).cuda()
@@ -245,7 +246,7 @@ def _chunk(
                 query, key, value, *pages.layer(layer),
                 pages.tables, tables, items, starts, lengths, out,
                 tile_rows=tiled.tiling.rows, parts=tiled.parts,
-                scaling=_DIM**-0.5, window=None, softcap=0.0,
+                scaling=_DIM**-0.5, window=None, softcap=0.0, angles=angles,
             )  # fmt: skip
 
         return _time(attend, pages)
@@ -320,6 +321,12 @@ def _chunk_floor(heads: Heads, prompts: int, tokens: int, before: int, kv_bytes:
     moved = 2 * 2 * rows * _DIM * (heads.query + heads.kv)
     moved += 2 * prompts * before * _DIM * heads.kv * kv_bytes
     return Floor(moved, 4 * heads.query * _DIM * rows * (before + (tokens + 1) / 2))
+
+
+def _angles(rows: int) -> kernels.Angles:
+    """Return what the kernels rotate by as in a model's layer: by nothing, which takes as long."""
+    cos = torch.ones(rows, _DIM, dtype=torch.bfloat16, device="cuda")
+    return kernels.Angles(cos, torch.zeros_like(cos))
 
 
 def _pages(heads: Heads, sequences: int, context: int, dtype: torch.dtype) -> Pages:

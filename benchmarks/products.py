@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from server.engine.eight_bits import eight_bits
 from server.engine.gated_rows import gate
 
 Weight = TypeVar("Weight")
+
+_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,27 +115,31 @@ def _rows(product: Product, rows: int, kinds: Sequence[str], ceilings: Ceilings)
     ]
     x = torch.randn(rows, product.inputs, dtype=torch.bfloat16, device="cuda")
     plain = _gated if product.gated else functional.linear
-    cublas = _microseconds(lambda weight: plain(x, weight), weights)
     for kind in kinds:
         itemsize = 2 if kind == "bfloat16" else 1
+        ours, cublas = _in_turns(
+            _ours(x, weights, kind, product.gated),
+            lambda index: plain(x, weights[index]),
+            copies=len(weights),
+        )
         yield Row(
             name=product.name,
             weights=kind,
             rows=rows,
-            ours=_ours(x, weights, kind, product.gated),
+            ours=ours,
             cublas=cublas,
             torchao=_torchao(x, weights, product.gated) if kind == "int8" else None,
             ceiling=max(elements * itemsize / ceilings.copy_bytes_per_second, operations) * 1e6,
         )
 
 
-def _ours(x: Tensor, weights: Sequence[Tensor], kind: str, gated: bool) -> float:
-    """Return the microseconds of a product by weights of a kind."""
+def _ours(x: Tensor, weights: Sequence[Tensor], kind: str, gated: bool) -> Callable[[int], Tensor]:
+    """Return what multiplies by one of the weights, put into a kind."""
     way: Callable[..., Tensor] = linear.gated if gated else _linear
     if kind == "bfloat16":
-        return _microseconds(lambda weight: way(x, weight), weights)
+        return lambda index: way(x, weights[index])
     bits = [eight_bits(weight, kind) for weight in weights]  # type: ignore[arg-type]
-    return _microseconds(lambda each: way(x, each.numbers, each.scales), bits)
+    return lambda index: way(x, bits[index].numbers, bits[index].scales)
 
 
 def _torchao(x: Tensor, weights: Sequence[Tensor], gated: bool) -> float | None:
@@ -164,6 +171,12 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 def _gated(x: Tensor, weight: Tensor) -> Tensor:
     """Return what `linear.gated` does where cuBLAS computes the product."""
     return gate(functional.linear(x, weight))
+
+
+def _in_turns(*works: Callable[[int], object], copies: int) -> list[float]:
+    """Return microseconds of each, medians of turns: a busy device becomes slower with time."""
+    turns = [[graph_seconds(work, copies) * 1e6 for work in works] for _ in range(_TURNS)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def _microseconds(work: Callable[[Weight], object], weights: Sequence[Weight]) -> float:

@@ -29,7 +29,7 @@ _ALIGNED = 16
 
 @triton.jit
 def _fold(
-    acc, total, highest, q, keys, values, table, begin, end, limit, asks,
+    acc, total, highest, q, keys, values, table, column, begin, end, limit, asks,
     key_row, value_row, page_stride, factor, scaling, softcap, window,
     TOKENS: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -38,8 +38,8 @@ def _fold(
 
     Where it is not MASKED, all rows see all of them; else those before `limit` that lie in a row's
     window and not behind it. `asks` numbers the rows like the tokens. Where they are DESCRIBED,
-    keys and values are descriptors, and table and limit the first token's row and the head's first
-    column.
+    keys and values are descriptors, `table` is the row of the first token and `column` the head's
+    first.
     """
     dim = tl.arange(0, DIM_PADDED)
     for at in range(begin, end, BLOCK):
@@ -53,7 +53,7 @@ def _fold(
         else:
             key_at, value_at = token * key_row, token * value_row
         if DESCRIBED:
-            k = keys.load([table + at, limit])
+            k = keys.load([table + at, column])
         elif MASKED or DIM != DIM_PADDED:
             k = tl.load(keys + key_at[:, None] + dim[None, :], inside, 0.0)
         else:
@@ -70,7 +70,7 @@ def _fold(
         fade = tl.exp2(highest - risen)
         p = tl.exp2(scores * factor - risen[:, None])
         if DESCRIBED:
-            v = values.load([table + at, limit])
+            v = values.load([table + at, column])
         elif MASKED or DIM != DIM_PADDED:
             v = tl.load(values + value_at[:, None] + dim[None, :], inside, 0.0)
         else:
@@ -148,29 +148,29 @@ def _chunk(
     width = KV_HEADS * DIM
     if not WINDOWED:
         acc, total, highest = _fold(
-            acc, total, highest, q, keys, values, table, begin, seen_by_all, paged_stop,
+            acc, total, highest, q, keys, values, table, 0, begin, seen_by_all, paged_stop,
             before + local, width, width, page_stride, factor, scaling, softcap, window,
             TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, False, False,
         )  # fmt: skip
     acc, total, highest = _fold(
-        acc, total, highest, q, keys, values, table, seen_by_all, paged_stop, paged_stop,
+        acc, total, highest, q, keys, values, table, 0, seen_by_all, paged_stop, paged_stop,
         before + local, width, width, page_stride, factor, scaling, softcap, window,
         TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, True, True, False,
     )  # fmt: skip
     if DESCRIBED:
         acc, total, highest = _fold(
-            acc, total, highest, q, key_tiles, value_tiles, start, own_begin, own_by_all,
-            kv_head * DIM, local, 0, 0, 0, factor, scaling, softcap, window,
+            acc, total, highest, q, key_tiles, value_tiles, start, kv_head * DIM, own_begin,
+            own_by_all, own_stop, local, 0, 0, 0, factor, scaling, softcap, window,
             TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, False, True,
         )  # fmt: skip
     elif not WINDOWED:
         acc, total, highest = _fold(
-            acc, total, highest, q, key, value, table, own_begin, own_by_all, own_stop,
+            acc, total, highest, q, key, value, table, 0, own_begin, own_by_all, own_stop,
             local, key_row, value_row, page_stride, factor, scaling, softcap, window,
             TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, False, False,
         )  # fmt: skip
     acc, total, highest = _fold(
-        acc, total, highest, q, key, value, table, own_by_all, own_stop, own_stop,
+        acc, total, highest, q, key, value, table, 0, own_by_all, own_stop, own_stop,
         local, key_row, value_row, page_stride, factor, scaling, softcap, window,
         TOKENS, DIM, DIM_PADDED, BLOCK, CAPPED, False, True, False,
     )  # fmt: skip
@@ -259,6 +259,8 @@ def attend_chunks(
     weights = torch.empty(parts, heads, tile_rows, dtype=torch.float32, device=query.device)
     described = window is None and padded_dim == dim and _suits(key) and _suits(value)
     tiles = [_tiles(x) if described else x for x in (key, value)]
+    # As many as leave room for two programs; queries that are not rotated stay in shared memory.
+    stages = 2 if padded_dim > 128 or (described and angles is None) else 3
     _chunk[(heads, len(items))](
         query, key, value, *tiles, cos, sin, keys, values, pages, table_starts, items, starts,
         lengths, partial, weights, out,
@@ -268,7 +270,7 @@ def attend_chunks(
         keys.shape[1], kv_heads, heads // kv_heads,
         dim, padded_dim, tile_rows, BLOCK, softcap > 0, window is not None,
         angles is not None, parts > 0, described,
-        num_warps=8 if tile_rows == 128 else 4, num_stages=3 if padded_dim <= 128 else 2,
+        num_warps=8 if tile_rows == 128 else 4, num_stages=stages,
     )  # fmt: skip
     if parts:
         _join[(heads, parts, tile_rows // _JOINED_ROWS)](
