@@ -121,6 +121,7 @@ def test_paged_rotates_queries_and_keys(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    torch.manual_seed(0)  # a sum next to where eight bits round up may fall on either side
     round_to_nearest_even(monkeypatch)
     heads, kv_heads, dim, shape = form
     variants, layout, pool, exact, paged, reference = both_backends(heads, kv_heads, dim, dtype)
