@@ -12,10 +12,10 @@ constexpr Index kOutputs = 4;  // computed side by side, so that sums do not wai
 
 constexpr Index kBytes = 64;  // levels that are multiplied at one time
 constexpr Index kMostTogether = 4;  // rows that share one pass over the levels
-#ifdef __AVX512BF16__
-constexpr Index kEightBitRows = 16;
+#ifdef AMX
+constexpr Index kEightBitRows = 16;  // for more, torch's products of bfloat16 tiles are faster
 #else
-constexpr Index kEightBitRows = kAnyRows;  // bfloat16 products take four times as long
+constexpr Index kEightBitRows = kAnyRows;
 #endif
 
 // Rows of bfloat16 numbers as integers of 16 bits, of one step a row: 6 times as exact, for numbers
