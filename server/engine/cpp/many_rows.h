@@ -18,7 +18,7 @@ constexpr Index kExactRows = 64;  // rows up to which integers of 16 bits are wo
 constexpr int kQuads = kGroup / 4;  // fours of inputs in a group
 constexpr Index kLaidGroups = 12;  // whose levels are laid out at one time, in 12 kB
 constexpr Index kLaidRows = 12;  // rows that share one pass over them
-constexpr Index kPartPasses = 8;  // passes that share what is laid out
+constexpr Index kPartPasses = 16;  // passes that share what is laid out
 constexpr float kMostInteger = 127.0f;
 constexpr float kLeastStep = 1e-30f;  // with a smaller one, all of a group are its middle
 
