@@ -45,7 +45,8 @@ inline void to_integers(const Bfloat16* inputs, Bfloat16* out, float* sum, float
   store(_mm512_cvtepi32_epi16(second), out + kLanes);
   *step = most / kMostInput;
   const __m512 integers = _mm512_cvtepi32_ps(_mm512_add_epi32(first, second));
-  const __m512 nothing = _mm512_mul_ps(_mm512_add_ps(one, two), _mm512_setzero_ps());  // or no number
+  // Zero, or no number where an input is none.
+  const __m512 nothing = _mm512_mul_ps(_mm512_add_ps(one, two), _mm512_setzero_ps());
   *sum = _mm512_reduce_add_ps(_mm512_fmadd_ps(integers, _mm512_set1_ps(*step), nothing));
 }
 

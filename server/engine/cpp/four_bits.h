@@ -1,6 +1,6 @@
-// Products of layers whose weights are in four bits, for processors that multiply bytes and pairs of
-// 16 bits (AVX512_VNNI, which all have that have AVX512_BF16). Called by the compiled functions of
-// ahead.py through torch's stable C interface, and by native.py.
+// Products of layers whose weights are in four bits, for processors that multiply integers of 8 and
+// of 16 bits (AVX512_VNNI, which all have that have AVX512_BF16). Called by the compiled functions
+// of ahead.py through torch's stable C interface, and by native.py.
 
 #pragma once
 

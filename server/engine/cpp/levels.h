@@ -1,5 +1,5 @@
-// Weights in four bits, as torch packs them: a level q and its group's scale and zero are the weight
-// (q - 8) * scale + zero.
+// Weights in four bits, as torch packs them: a level q and its group's scale and zero are the
+// weight (q - 8) * scale + zero, which is q * scale + shift.
 
 #pragma once
 

@@ -1,8 +1,9 @@
 // Products of many rows with weights in four bits: inputs become integers of 8 bits, which are
 // multiplied by fours with levels that are laid out once for many rows.
 //
-// A group of inputs is middle + step * integer, where the middle is that of its least and its largest
-// number: outliers, which are of one sign in most groups, cost half of what they would around zero.
+// A group of inputs is middle + step * integer, where the middle is that of its least and its
+// largest number: outliers, which are of one sign in most groups, cost half of what they would
+// around zero. The sum of inputs is that of what they became, else errors would count by levels.
 //   sum x * (level * scale + shift) = scale * step * sum integer * level + shift * sum x
 //                                     + middle * scale * sum level
 
@@ -37,11 +38,12 @@ inline void write_group(const __m512* numbers, Index rows, Quad* quads, float* s
   for (int i = 0; i < kGroup; ++i) {
     least = _mm512_min_ps(least, numbers[i]);
     most = _mm512_max_ps(most, numbers[i]);
-    nothing = _mm512_fmadd_ps(numbers[i], _mm512_setzero_ps(), nothing);  // or no number
+    nothing = _mm512_fmadd_ps(numbers[i], _mm512_setzero_ps(), nothing);  // or, once, no number
   }
   const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
   const __m512 middle = _mm512_mul_ps(_mm512_add_ps(least, most), half);
-  const __m512 step = _mm512_mul_ps(_mm512_sub_ps(most, least), _mm512_set1_ps(0.5f / kMostInteger));
+  const __m512 step =
+      _mm512_mul_ps(_mm512_sub_ps(most, least), _mm512_set1_ps(0.5f / kMostInteger));
   const __mmask16 differ = _mm512_cmp_ps_mask(step, _mm512_set1_ps(kLeastStep), _CMP_GE_OQ);
   const __m512 factor = _mm512_maskz_div_ps(differ, one, step);
   const __m512i byte = _mm512_set1_epi32(0xff);
@@ -94,8 +96,9 @@ inline void take_quads(const std::uint8_t* place, __m512i* levels) {
     const __m512i bytes = _mm512_shuffle_i64x2(both, both, 0xD8);
     return _mm512_and_si512(kFirst ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
   };
-  levels[0] = joined(_mm256_unpacklo_epi8(line(0), line(1)), _mm256_unpacklo_epi8(line(2), line(3)));
-  levels[1] = joined(_mm256_unpackhi_epi8(line(0), line(1)), _mm256_unpackhi_epi8(line(2), line(3)));
+  const __m256i a = line(0), b = line(1), c = line(2), d = line(3);
+  levels[0] = joined(_mm256_unpacklo_epi8(a, b), _mm256_unpacklo_epi8(c, d));
+  levels[1] = joined(_mm256_unpackhi_epi8(a, b), _mm256_unpackhi_epi8(c, d));
 }
 
 inline Sums plus_quads(Sums sums, __m512i levels, __m512i quads) {
@@ -127,10 +130,11 @@ struct Laid {
   }
 };
 
-// Add the products of kCount rows with what is laid out to their totals, [kCount, 2, kLanes].
+// Add the products of kCount rows with what is laid out to their totals, [kCount, 2, kLanes]. All
+// that it calls is inlined: sums given to a function would be in memory.
 template <int kCount>
-[[gnu::flatten]] void laid_block(const Quad* quads, const float* steps, Index groups, const Laid& laid,
-                float* totals) {
+[[gnu::flatten]] void laid_block(const Quad* quads, const float* steps, Index groups,
+                                 const Laid& laid, float* totals) {
   for (Index group = 0; group < groups; ++group, steps += 3 * kCount) {
     Sums parts[kCount][2];
     each<kCount>([&](auto row) { parts[row][0] = parts[row][1] = no_sums(); });
@@ -148,11 +152,12 @@ template <int kCount>
       each<kCount>([&](auto row) {
         float* place = totals + (row * 2 + i) * kLanes;
         const auto of_row = [&](int which) { return _mm512_set1_ps(steps[which * kCount + row]); };
-        __m512 total = _mm512_load_ps(place);
-        total = _mm512_fmadd_ps(scales.scale, _mm512_mul_ps(floats(parts[row][i]), of_row(0)), total);
+        const __m512 product = _mm512_mul_ps(floats(parts[row][i]), of_row(0));
+        __m512 total = _mm512_fmadd_ps(scales.scale, product, _mm512_load_ps(place));
         total = _mm512_fmadd_ps(sums, of_row(1), total);
         _mm512_store_ps(place, _mm512_fmadd_ps(scales.shift, of_row(2), total));
       });
+      // What rows have is read again for the second vector: there are no registers to keep it in.
       asm volatile("" ::: "memory");
     });
   }
