@@ -6,8 +6,8 @@
 Perplexity, KL(first || mode) and top-1 agreement are over next tokens of the same text; the first
 mode, float32 unless said otherwise, is what the others are compared with. Weights in few bits are
 used as decoding does, for all of the text: int4 by torch's kernels, int4-compiled by native
-functions where there are any; `float8-prompts` is float8 as a GPU computes prompts,
-with the rows in float8 as well.
+functions where there are any. `int4-prompts` and `float8-prompts` are as prompts are computed, with
+the rows in eight bits as well: on a CPU by native functions, in float8 on a GPU.
 
 Decode speed is that of the engine in this process, at --context tokens. With --shape, weights are
 random and only speed is measured, beside the least time: the bytes that a step reads over the copy
@@ -59,18 +59,18 @@ from pruning.quantised import (
 )
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
-from server.engine.native import FOUR_BIT_OUTPUTS, native_functions
+from server.engine.native import EXACT_ROWS, FOUR_BIT_OUTPUTS, native_functions
 
-INT4_COMPILED = "int4-compiled"
+INT4_COMPILED, INT4_PROMPTS = "int4-compiled", "int4-prompts"
 """int4 as served once the layers are compiled; quality is that of uncompiled layers by the native
 functions."""
 PROMPTS = "float8-prompts"
 MODES = {
-    "cpu": ("float32", "bfloat16", "int4", INT4_COMPILED),
+    "cpu": ("float32", "bfloat16", "int4", INT4_COMPILED, INT4_PROMPTS),
     "cuda": ("float32", "bfloat16", "int8", "float8", PROMPTS),
 }
 """The first is the reference."""
-_QUALITY_ONLY = ("float32", PROMPTS)
+_QUALITY_ONLY = ("float32", PROMPTS, INT4_PROMPTS)
 """Not measured where quality is not."""
 _EIGHT_BITS = {"int8": "int8", "float8": "float8", PROMPTS: "float8"}
 _CPU_POOL = 1 << 29
@@ -236,11 +236,10 @@ def _decoded_logprobs(mode: str, base: BaseModel, window: Tensor) -> Tensor:
 
 @contextmanager
 def _as_decoding(mode: str, base: BaseModel, rows: int) -> Iterator[None]:
-    """Let many rows be multiplied as few are: four bits by their kernel, no rows in float8."""
+    """Let many rows be multiplied as few are, unless they are prompts: four bits by their kernel,
+    no rows in float8."""
     if mode.startswith("int4"):
-        native = native_functions(COMPILED) if mode == INT4_COMPILED else None
-        product = native.four_bit_product if native and native.has_four_bits else four_bit_product
-        _compute_by(base, product, rows)
+        _compute_by(base, _four_bit_product(mode), rows)
         yield
         _compute_by(base, four_bit_product, 0)
     elif mode == "float8":
@@ -248,6 +247,20 @@ def _as_decoding(mode: str, base: BaseModel, rows: int) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _four_bit_product(mode: str) -> QuantisedProduct:
+    native = None if mode == "int4" else native_functions(COMPILED)
+    if native is None or not native.has_four_bits:
+        return four_bit_product
+    if mode == INT4_PROMPTS:
+        return native.four_bit_product
+    few = native.four_bit_product
+
+    def product(inputs: Tensor, *weight: Tensor) -> Tensor:
+        return torch.cat([few(some, *weight) for some in torch.split(inputs, EXACT_ROWS)])
+
+    return product
 
 
 def _compute_by(base: BaseModel, product: QuantisedProduct, rows: int) -> None:
@@ -272,7 +285,7 @@ def _row(
     weight_bytes = _weight_bytes(base)
     pool = _CPU_POOL if base.device.type == "cpu" else None
     limits = limits_for(max(speed.batches), base.device, None)
-    compiled = COMPILED if mode == INT4_COMPILED else None
+    compiled = COMPILED if mode in (INT4_COMPILED, INT4_PROMPTS) else None
     config = EngineConfig(limits, pool, compiled=compiled)
     with running(base, variants, config) as engine:
         steps = {size: _decoded(engine, size, speed) for size in speed.batches}

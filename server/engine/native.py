@@ -173,6 +173,9 @@ def four_bit_rows(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> T
 
 FOUR_BIT_OUTPUTS = 64
 """Outputs of such a product come in multiples of this."""
+EXACT_ROWS = 64
+"""Rows up to which their numbers become integers of 16 bits there; more, those of prompts, become
+integers of 8."""
 _FOUR_BITS = "aoti_torch_cpu_four_bit_rows"
 FOUR_BIT_ROWS = f"""AOTITorchError {_FOUR_BITS}(
     AtenTensorHandle inputs, AtenTensorHandle packed, AtenTensorHandle scales, AtenTensorHandle* out
@@ -191,7 +194,7 @@ class NativeFunctions:
         self.name = library.name
         """Says all that decides what is computed."""
         self.has_four_bits = hasattr(loaded, _FOUR_BITS)
-        """Whether the processor multiplies pairs of 16 bits."""
+        """Whether the processor multiplies integers."""
         self.four_bit_rows = 0
         """Rows up to which products in four bits are faster than in bfloat16."""
         if self.has_four_bits:
@@ -279,7 +282,7 @@ class NativeFunctions:
 
     def four_bit_product(self, inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
         """As `pruning.quantised.four_bit_product`, where the processor has such products and
-        outputs come in multiples of FOUR_BIT_OUTPUTS."""
+        outputs come in multiples of FOUR_BIT_OUTPUTS; more than EXACT_ROWS rows less exactly."""
         inputs = inputs.contiguous()
         (rows, width), outputs = inputs.shape, scales_and_zeros.shape[1]
         out = inputs.new_empty(rows, outputs)
@@ -346,8 +349,12 @@ def native_functions(folder: Path) -> NativeFunctions | None:
 
 def _optional_flags() -> list[str]:
     """Return those for instructions that not every processor with AVX-512 has."""
-    bfloat16 = ["-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
-    return [*bfloat16, *(["-mavx512vnni"] if torch.cpu._is_vnni_supported() else [])]
+    flags = {
+        "-mavx512bf16": torch.cpu._is_avx512_bf16_supported(),
+        "-mavx512vnni": torch.cpu._is_vnni_supported(),
+        "-DAMX": torch.cpu._is_amx_tile_supported(),
+    }
+    return [flag for flag, is_there in flags.items() if is_there]
 
 
 def _compile(path: Path, flags: Sequence[str]) -> None:

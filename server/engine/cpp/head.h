@@ -12,10 +12,10 @@ constexpr Index kOutputs = 4;  // computed side by side, so that sums do not wai
 
 constexpr Index kBytes = 64;  // levels that are multiplied at one time
 constexpr Index kMostTogether = 4;  // rows that share one pass over the levels
-#ifdef __AVX512BF16__
-constexpr Index kEightBitRows = 16;
+#ifdef AMX
+constexpr Index kEightBitRows = 16;  // for more, torch's products of bfloat16 tiles are faster
 #else
-constexpr Index kEightBitRows = kAnyRows;  // bfloat16 products take four times as long
+constexpr Index kEightBitRows = kAnyRows;
 #endif
 
 // Rows of bfloat16 numbers as integers of 16 bits, of one step a row: 6 times as exact, for numbers
@@ -77,6 +77,33 @@ inline __m512i sums_of(const __m512i* vectors) {
   return sums[0];
 }
 
+// The products [kOut, kCount], in the first lanes, given their sums of high integers in the first
+// eight lanes and of low ones in the others.
+template <int kCount, int kOut>
+inline __m512 products_of(const Integers& inputs, Index row, __m512i sums,
+                          const Bfloat16* scales) {
+  alignas(32) std::int32_t row_of[8], output_of[8];
+  for (int i = 0; i < 8; ++i) row_of[i] = i % kCount, output_of[i] = i / kCount % kOut;
+  const __m256i rows = _mm256_load_si256(reinterpret_cast<const __m256i*>(row_of));
+  const __m256i its = _mm256_load_si256(reinterpret_cast<const __m256i*>(output_of));
+  const __m256i highs = _mm256_slli_epi32(rows, 1);
+  const __m256i lows = _mm256_add_epi32(highs, _mm256_set1_epi32(1));
+  const __m256i shifts =
+      _mm256_maskz_loadu_epi32((1 << 2 * kCount) - 1, &inputs.shifts[row * 2]);
+  const __m256 steps = _mm256_maskz_loadu_ps((1 << kCount) - 1, &inputs.steps[row]);
+  const __m128i bits = _mm_maskz_loadu_epi16((1 << kOut) - 1, scales);
+  const __m256 all = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  const auto less = [=](__m256i its_sums, __m256i place) {
+    return _mm256_cvtepi32_ps(
+        _mm256_sub_epi32(its_sums, _mm256_permutexvar_epi32(place, shifts)));
+  };
+  const __m256 above = less(_mm512_castsi512_si256(sums), highs);
+  const __m256 below = less(_mm512_extracti64x4_epi64(sums, 1), lows);
+  const __m256 total = _mm256_fmadd_ps(_mm256_set1_ps(256), above, below);
+  const __m256 stepped = _mm256_mul_ps(total, _mm256_permutexvar_ps(rows, steps));
+  return _mm512_castps256_ps512(_mm256_mul_ps(stepped, _mm256_permutexvar_ps(its, all)));
+}
+
 // The products of kCount rows, from `row` on, with kOut outputs.
 template <int kCount, int kOut>
 void eight_bit_block(const Integers& inputs, Index row, Index width, const std::int8_t* levels,
@@ -115,17 +142,10 @@ void eight_bit_block(const Integers& inputs, Index row, Index width, const std::
     sums[0][i] = is ? highs[i % kCount][i / kCount % kOut] : _mm512_setzero_si512();
     sums[1][i] = is ? lows[i % kCount][i / kCount % kOut] : _mm512_setzero_si512();
   }
-  alignas(64) std::int32_t totals[2][8];
-  _mm512_store_si512(totals, sums_of(sums[0]));
-  for (int r = 0; r < kCount; ++r) {
-    const std::int32_t* shifts = &inputs.shifts[(row + r) * 2];
-    for (int o = 0; o < kOut; ++o) {
-      const float above = static_cast<float>(totals[0][o * kCount + r] - shifts[0]);
-      const float below = static_cast<float>(totals[1][o * kCount + r] - shifts[1]);
-      out[(row + r) * outputs + o] =
-          rounded((256 * above + below) * inputs.steps[row + r] * expanded(scales[o]));
-    }
-  }
+  Bfloat16 products[kLanes];
+  store(rounded(products_of<kCount, kOut>(inputs, row, sums_of(sums[0]), scales)), products);
+  for (int r = 0; r < kCount; ++r)
+    for (int o = 0; o < kOut; ++o) out[(row + r) * outputs + o] = products[o * kCount + r];
 }
 
 void eight_bit_outputs(const Integers& inputs, Index rows, Index width, const std::int8_t* levels,
