@@ -29,7 +29,7 @@ _MOST_OF_CUBLAS = 512
 _TILE_ROWS, _TILE_OUTPUTS, _TILE_INPUTS, _STAGES = 128, 128, 64, 3
 _TILE_BYTES = 2 * _TILE_INPUTS * (_TILE_ROWS + 2 * _TILE_OUTPUTS) * _STAGES
 _ALIGNED = 16
-"""Bytes that rows must be apart in multiples of."""
+"""Bytes that what a descriptor describes begins at, and its rows are apart, in multiples of."""
 _BAND, _BAND_OF_MANY = 16, 8
 """Tiles of rows that pass over the weight together: all of up to 2,048 rows, else fewer, so that
 rows and weights of the tiles at work stay in the L2 cache."""
@@ -159,5 +159,5 @@ def _has_tiles(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
         return False
-    apart = (weight.shape[0] // 2, x.stride(0), weight.stride(0))
-    return all(numbers * x.dtype.itemsize % _ALIGNED == 0 for numbers in apart)
+    apart = [x.itemsize * count for count in (weight.shape[0] // 2, x.stride(0), weight.stride(0))]
+    return all(size % _ALIGNED == 0 for size in (*apart, x.data_ptr(), weight.data_ptr()))
