@@ -6,8 +6,9 @@
 Perplexity, KL(first || mode) and top-1 agreement are over next tokens of the same text; the first
 mode, float32 unless said otherwise, is what the others are compared with. Weights in few bits are
 used as decoding does, for all of the text: int4 by torch's kernels, int4-compiled by native
-functions where there are any. `int4-prompts` and `float8-prompts` are as prompts are computed, with
-the rows in eight bits as well: on a CPU by native functions, in float8 on a GPU.
+functions where there are any, as one to three requests are. `int4-prompts` and `float8-prompts` are
+as prompts are computed, with the rows in eight bits as well: on a CPU by native functions, as more
+requests that decode together are too, in float8 on a GPU.
 
 Decode speed is that of the engine in this process, at --context tokens. With --shape, weights are
 random and only speed is measured, beside the least time: the bytes that a step reads over the copy

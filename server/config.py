@@ -117,10 +117,11 @@ class Settings(BaseSettings):
     )
     quantization: Literal["auto", "none", "int4", "int8", "float8"] = Field(
         "auto",
-        description="int4: 4-bit weights in groups of 32 and bfloat16, inputs of prompts in 8 "
-        "bits where AVX512_VNNI makes that fast, on a CPU; int8, float8: 8-bit weights with a "
-        "scale for each output, on a CUDA device; auto: int4 on a CPU with --dtype auto where it "
-        "holds the checkpoint's weights exactly (Q4_0 and Q4_1 GGUF), else none.",
+        description="int4: 4-bit weights in groups of 32 and bfloat16, inputs of more than 3 "
+        "rows (prompts and more than 3 requests that decode together) in 8 bits where AVX512_VNNI "
+        "makes that fast, on a CPU; int8, float8: 8-bit weights with a scale for each output, on a "
+        "CUDA device; auto: int4 on a CPU with --dtype auto where it holds the checkpoint's "
+        "weights exactly (Q4_0 and Q4_1 GGUF), else none.",
     )
     device: str = Field("auto", description="A torch device; auto: cuda if there is one.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the checkpoint.")

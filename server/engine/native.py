@@ -173,9 +173,9 @@ def four_bit_rows(inputs: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> T
 
 FOUR_BIT_OUTPUTS = 64
 """Outputs of such a product come in multiples of this."""
-EXACT_ROWS = 64
-"""Rows up to which their numbers become integers of 16 bits there; more, those of prompts, become
-integers of 8."""
+EXACT_ROWS = 3
+"""Rows up to which their numbers become integers of 16 bits there; more, those of prompts and of
+several requests, become integers of 8."""
 _FOUR_BITS = "aoti_torch_cpu_four_bit_rows"
 FOUR_BIT_ROWS = f"""AOTITorchError {_FOUR_BITS}(
     AtenTensorHandle inputs, AtenTensorHandle packed, AtenTensorHandle scales, AtenTensorHandle* out

@@ -1,5 +1,5 @@
-// Products of few rows with weights in four bits: inputs become integers of 16 bits, which are
-// multiplied in pairs with levels as they are.
+// Products of so few rows with weights in four bits that memory decides how long they take: inputs
+// become integers of 16 bits, which are multiplied in pairs with levels as they are.
 
 #pragma once
 
@@ -9,24 +9,16 @@
 
 namespace {
 
-constexpr Index kRows = 8;     // rows that share one pass over half of the vectors
-constexpr Index kFewRows = 6;  // rows that share one pass over all of them
 // The step of a group's integers is decided by its largest number: their sum with levels is below
 // 2^24, which a float holds.
 constexpr float kMostInput = 32767.0f;
 constexpr float kLeastInput = 1e-30f;  // smaller ones become zero
 
-// Rows of inputs that share a pass.
-struct Shared {
-  const Pair* pairs;  // [width / 2, rows]
-  const float* sums;  // of inputs, [groups, rows]
-  const float* steps;  // of integers, [groups, rows]
-};
-
-// Where they are written.
-struct Room {
-  Pair* pairs;
-  float *sums, *steps;
+// Where the inputs of all rows are.
+struct Pairs {
+  Pair* pairs;  // [width / 2, rows]
+  float* sums;  // of inputs, [groups, rows]
+  float* steps;  // of integers, [groups, rows]
 };
 
 inline Sums plus_levels(Sums sums, __m512i levels, __m512i pairs) {
@@ -50,19 +42,16 @@ inline void to_integers(const Bfloat16* inputs, Bfloat16* out, float* sum, float
   *sum = _mm512_reduce_add_ps(_mm512_fmadd_ps(integers, _mm512_set1_ps(*step), nothing));
 }
 
-// Write up to 16 rows [rows, width] as pairs of integers side by side, and their groups' sums and
-// steps.
-void share(const Bfloat16* inputs, Index rows, Index width, const Room& room) {
-  alignas(64) Bfloat16 integers[kLanes][kGroup] = {};
+// Write a group of rows [rows, width] as pairs of integers side by side, and its sums and steps.
+void write_pairs(const Bfloat16* inputs, Index rows, Index width, Index group, const Pairs& to) {
+  alignas(64) Bfloat16 integers[kExactRows][kGroup];
   const Bfloat16* places[kLanes];
-  for (Index i = 0; i < kLanes; ++i) places[i] = integers[i];
+  for (Index i = 0; i < kLanes; ++i) places[i] = integers[std::min(i, rows - 1)];
+  for (Index row = 0; row < rows; ++row)
+    to_integers(inputs + row * width + group * kGroup, integers[row], to.sums + group * rows + row,
+                to.steps + group * rows + row);
   const auto mask = static_cast<__mmask16>((1 << rows) - 1);
-  for (Index group = 0; group < width / kGroup; ++group) {
-    for (Index row = 0; row < rows; ++row)
-      to_integers(inputs + row * width + group * kGroup, integers[row],
-                  room.sums + group * rows + row, room.steps + group * rows + row);
-    transpose(places, room.pairs + group * kGroup / 2 * rows, rows, mask);
-  }
+  transpose(places, to.pairs + group * kGroup / 2 * rows, rows, mask);
 }
 
 // The levels of the vectors from kFirst to kEnd of two inputs, in pairs; their outputs are in an
@@ -89,7 +78,7 @@ inline __m512 plus_group(__m512 total, Sums sums, const Scales& scales, float su
 
 // The product of kCount rows with the outputs of the vectors from kFirst to kEnd, an even number.
 template <int kCount, int kFirst, int kEnd>
-void four_bit_block(const Shared& inputs, const Columns& columns, Bfloat16* out) {
+void pair_block(const Pairs& inputs, const Columns& columns, Bfloat16* out) {
   constexpr int kVectors = kEnd - kFirst;
   const Index groups = columns.width / kGroup, outputs = columns.outputs;
   alignas(64) float totals[kCount][kVectors][kLanes] = {};
@@ -127,64 +116,25 @@ void four_bit_block(const Shared& inputs, const Columns& columns, Bfloat16* out)
       write_outputs(totals[row][i], out + row * outputs + (kFirst + i) * kLanes);
 }
 
-using Block = void (*)(const Shared&, const Columns&, Bfloat16*);
-constexpr Block kWhole[kFewRows] = {four_bit_block<1, 0, 4>, four_bit_block<2, 0, 4>,
-                                    four_bit_block<3, 0, 4>, four_bit_block<4, 0, 4>,
-                                    four_bit_block<5, 0, 4>, four_bit_block<6, 0, 4>};
+using PairBlock = void (*)(const Pairs&, const Columns&, Bfloat16*);
 template <int kFirst, int kEnd>
-constexpr Block kHalf[kRows] = {four_bit_block<1, kFirst, kEnd>, four_bit_block<2, kFirst, kEnd>,
-                                four_bit_block<3, kFirst, kEnd>, four_bit_block<4, kFirst, kEnd>,
-                                four_bit_block<5, kFirst, kEnd>, four_bit_block<6, kFirst, kEnd>,
-                                four_bit_block<7, kFirst, kEnd>, four_bit_block<8, kFirst, kEnd>};
+constexpr PairBlock kPairBlocks[kExactRows] = {
+    pair_block<1, kFirst, kEnd>, pair_block<2, kFirst, kEnd>, pair_block<3, kFirst, kEnd>};
 
-// Rows as passes share them.
-class Passes {
- public:
-  Passes(const Bfloat16* inputs, Index rows, Index width)
-      : count_((rows + kRows - 1) / kRows), rows_(rows), width_(width), inputs_(inputs),
-        pairs_(new Pair[rows * width / 2]), sums_(new float[rows * width / kGroup * 2]) {}
-
-  Index count() const { return count_; }
-  Index first_row(Index pass) const { return pass * rows_ / count_; }
-  Index rows(Index pass) const { return first_row(pass + 1) - first_row(pass); }
-
-  void fill(Index pass) {
-    const Index first = first_row(pass);
-    share(inputs_ + first * width_, rows(pass), width_, room(first));
-  }
-
-  Shared operator[](Index pass) const {
-    const Room its = room(first_row(pass));
-    return {its.pairs, its.sums, its.steps};
-  }
-
- private:
-  Room room(Index row) const {
-    const Index groups = width_ / kGroup;
-    float* sums = sums_.get() + row * groups;
-    return {pairs_.get() + row * width_ / 2, sums, sums + rows_ * groups};
-  }
-
-  Index count_, rows_, width_;
-  const Bfloat16* inputs_;
-  std::unique_ptr<Pair[]> pairs_;
-  std::unique_ptr<float[]> sums_;  // and steps
-};
-
-// The product of rows so few that levels are taken anew by each pass.
 void few_rows_product(const Bfloat16* inputs, const std::uint8_t* packed, const Bfloat16* scales,
                       Bfloat16* out, Index rows, Index outputs, Index width) {
-  Passes passes(inputs, rows, width);
-  const Index parts = rows <= kFewRows ? 1 : 2;
-  for (Index pass = 0; pass < passes.count(); ++pass) passes.fill(pass);
-#pragma omp parallel for schedule(static)
-  for (Index item = 0; item < outputs / kColumns * parts; ++item) {
-    const Index column = item / parts * kColumns;
-    const Columns columns{packed + column * width / 2, scales + column * 2, width, outputs};
-    const Block* blocks = parts == 1 ? kWhole : item % parts ? kHalf<2, 4> : kHalf<0, 2>;
-    for (Index pass = 0; pass < passes.count(); ++pass)
-      blocks[passes.rows(pass) - 1](passes[pass], columns,
-                                    out + passes.first_row(pass) * outputs + column);
+  const Index groups = width / kGroup;
+  const std::unique_ptr<Pair[]> pairs(new Pair[rows * width / 2]);
+  const std::unique_ptr<float[]> sums(new float[rows * groups * 2]);
+  const Pairs all{pairs.get(), sums.get(), sums.get() + rows * groups};
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (Index group = 0; group < groups; ++group) write_pairs(inputs, rows, width, group, all);
+    each_column(outputs, [&](Index column, auto vectors) {
+      const Columns columns{packed + column * width / 2, scales + column * 2, width, outputs};
+      kPairBlocks<vectors.first, vectors.end>[rows - 1](all, columns, out + column);
+    });
   }
 }
 

@@ -3,11 +3,14 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include "pairs.h"
 
 namespace {
 
 constexpr Index kGroup = 32;    // inputs that share a scale and a zero
+constexpr Index kExactRows = 3;  // rows up to which inputs have 16 bits: memory is the bound
 constexpr Index kColumns = 64;  // outputs that torch packs together, in four vectors
 
 // Not __m512i, whose conversions to what instructions take keep GCC 12 from adding in place.
@@ -51,6 +54,29 @@ inline void write_outputs(const float* totals, Bfloat16* out) {
   const __m512 one = _mm512_load_ps(totals), two = _mm512_load_ps(totals + kLanes);
   store(rounded(halves(one, two, false)), out);
   store(rounded(halves(one, two, true)), out + kLanes);
+}
+
+// Those from kFirst to kEnd of the four vectors of kColumns outputs.
+template <int kFirst, int kEnd>
+struct Vectors {
+  static constexpr int first = kFirst, end = kEnd;
+};
+
+// Do it for the columns that start at multiples of kColumns and are this thread's, whose first and
+// last may be half a column.
+template <class Do>
+inline void each_column(Index outputs, Do one) {
+  const Index halves = outputs / kColumns * 2, threads = omp_get_num_threads();
+  const Index thread = omp_get_thread_num(), end = halves * (thread + 1) / threads;
+  for (Index half = halves * thread / threads; half < end; half += half % 2 ? 1 : 2) {
+    const Index column = half / 2 * kColumns;
+    if (half % 2)
+      one(column, Vectors<2, 4>{});
+    else if (half + 1 < end)
+      one(column, Vectors<0, 4>{});
+    else
+      one(column, Vectors<0, 2>{});
+  }
 }
 
 }  // namespace
