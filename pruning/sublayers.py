@@ -236,6 +236,22 @@ class WrappedLayer(nn.Module):
         self.attention._attend = attention  # type: ignore[assignment,method-assign]
         self.mlp.forward = mlp  # type: ignore[assignment,method-assign]
 
+        def compute(
+            hidden: Tensor,
+            attending: int,
+            layer: int,
+            embeddings: tuple[Tensor, Tensor],
+            attend: Attend,
+            going_on: Tensor | None = None,
+        ) -> Tensor:
+            if going_on is not None or attending < hidden.shape[1]:
+                rest = (hidden, attending, layer, embeddings, attend, going_on)
+                return WrappedLayer._compute(self, *rest)
+            return mlp(attention(hidden, embeddings, attend, layer))
+
+        # Where all rows do all, no module is asked for its parts: in steps of few rows that counts.
+        self._compute = compute  # type: ignore[method-assign]
+
     def _compute(
         self,
         hidden: Tensor,
@@ -252,6 +268,16 @@ class WrappedLayer(nn.Module):
         return self.mlp(hidden if going_on is None else hidden[:, going_on])  # type: ignore[no-any-return]
 
 
+class _Layers(nn.ModuleList):
+    """Decoder layers. A transformers model takes the slice of all of them in every forward pass,
+    which here is the list itself: making one anew takes as long as calling several layers."""
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
+            return self
+        return super().__getitem__(index)
+
+
 def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
     """Rewire `model` in place and return its attention sublayers, in order.
 
@@ -262,13 +288,14 @@ def wrap(model: PreTrainedModel) -> list[AttentionSublayer]:
         UnknownFamilyError: the model's family is not in the table.
     """
     family = family_of(model.config)
-    layers = model.get_decoder().layers  # type: ignore[no-untyped-call]
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    decoder.layers = layers = _Layers(decoder.layers)
     for index, layer in enumerate(layers):
         if not isinstance(layer, WrappedLayer):
             layers[index] = WrappedLayer(layer, family, index)
     model.config.use_cache = False
     use_attend(model)
-    return [layer.attention for layer in layers]
+    return [layer.attention for layer in layers]  # type: ignore[misc]
 
 
 @contextmanager

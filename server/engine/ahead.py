@@ -95,7 +95,7 @@ class CompiledLayers:
             missing = [rows for rows in ranges if not _is_complete(folder / form / rows.name)]
             if missing:
                 self._missing[form] = _Missing.of(examples, missing, self.native)
-            for rows in ranges:
+            for rows in reversed(ranges):  # the last one is asked first
                 if rows not in missing:
                     self._install(form, examples, rows)
         _compute_any_rows(model, self.native)

@@ -43,9 +43,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def most_likely(logits: Tensor) -> Tensor:
     """Return each row's most likely token, [rows]; the first of several.
 
-    In two stages where the vocabulary divides: a device gives a row of a plain argmax to one of its
-    multiprocessors.
+    In two stages where the vocabulary divides: a GPU gives a row of a plain argmax to one of its
+    multiprocessors. numpy's is seven times as fast as torch's on a CPU.
     """
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
     parts = math.gcd(logits.shape[-1], 128)
     best, places = logits.unflatten(-1, (parts, -1)).max(dim=-1)  # type: ignore[no-untyped-call]
     part = best.argmax(dim=-1, keepdim=True)
@@ -91,15 +93,18 @@ def generated_scores(logits: Tensor, rows: Sequence[SamplingRow], tokens: Tensor
     They are those of the model's own distribution, before bias, penalties and temperature.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not wanted:
+        return None
     index = _index(wanted, logits)
-    alternatives = [rows[i].params.logprobs or 0 for i in wanted]
-    return score(logits[index], tokens[index], alternatives) if wanted else None
+    return score(logits[index], tokens[index], [rows[i].params.logprobs or 0 for i in wanted])
 
 
 def prompt_scores(logits: Tensor, rows: Sequence[ScoredRow]) -> Scores | None:
     """Return the scores of prompt tokens, one for each row."""
+    if not rows:
+        return None
     tokens = _index([row.token for row in rows], logits)
-    return score(logits, tokens, [row.alternatives for row in rows]) if rows else None
+    return score(logits, tokens, [row.alternatives for row in rows])
 
 
 def score(logits: Tensor, tokens: Tensor, alternatives: Sequence[int]) -> Scores:

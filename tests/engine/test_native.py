@@ -47,11 +47,12 @@ VARIANTS = tiny_variants(8, pruned={2, 3, 5})
 FORMS: dict[str, Form] = {
     "plain": (8, 2, 128, AttentionForm(128**-0.5)),
     "no groups": (3, 3, 64, AttentionForm(0.2)),
+    "more heads than are computed together": (14, 2, 64, AttentionForm(0.125)),
     "odd heads, window": (9, 3, 64, AttentionForm(0.125, sliding_window=100)),
     "wide heads, capped": (4, 2, 256, AttentionForm(0.0625, sliding_window=60, softcap=5.0)),
     "no multiple of a vector": (4, 2, 20, AttentionForm(2.0)),
 }
-IN_CHUNKS = {"plain", "no groups", "odd heads, window"}
+IN_CHUNKS = {"plain", "no groups", "more heads than are computed together", "odd heads, window"}
 """Forms that the native function takes for prompts."""
 HIDDEN = 48
 

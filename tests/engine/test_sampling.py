@@ -39,6 +39,13 @@ def test_temperature_zero_is_greedy() -> None:
     assert sample(LOGITS, [row(temperature=0.0)]) == [0]
 
 
+def test_the_first_of_equal_logits_is_the_most_likely() -> None:
+    logits = torch.randint(0, 50, (9, 6 * 128)).float()
+    best = logits.amax(-1, keepdim=True)
+    first = [(row == most).nonzero()[0].item() for row, most in zip(logits, best, strict=True)]
+    assert sample(logits, [row(temperature=0.0)] * 9) == first
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature: float) -> None:
     counts = drawn(temperature=temperature)

@@ -5,6 +5,7 @@
 
 #include "pairs.h"
 #include "rows.h"
+#include "single_rows.h"
 
 namespace {
 
@@ -14,7 +15,6 @@ constexpr Index kVectors = kTokens / kLanes;
 constexpr Index kTileRows = 192;  // rows times heads of a tile
 constexpr float kUnseen = -1e30f;
 constexpr Index kLine = 32;  // numbers that come from memory together
-constexpr Index kSerialPairs = 1 << 15;  // as kSerial
 
 // What is multiplied at one time in one lane, and what 16 lanes hold.
 #ifdef __AVX512BF16__
@@ -265,6 +265,17 @@ extern "C" void attend_chunks(const Bfloat16* query, Index query_row, Index quer
   const Index dim = pages->dim, shared = heads / pages->kv_heads;
   const Index most = std::max<Index>(1, kTileRows / shared);
   const float factor = scaling * 1.4426950408889634f;  // scores as powers of two
+#ifdef __AVX512BF16__
+  if (starts[sequences] == sequences) {
+    std::vector<Sequence> rows;
+    for (Index row = 0; row < sequences; ++row) {
+      const Index end = lengths[row], first = window > 0 ? std::max<Index>(0, end - window) : 0;
+      rows.push_back({table + table_starts[row], first, end});
+    }
+    attend_single_rows({query, query_row, query_head}, out, heads, factor, *pages, rows);
+    return;
+  }
+#endif
   std::vector<Item> items;
   Index elements = 0;
   for (Index sequence = 0; sequence < sequences; ++sequence) {
