@@ -121,7 +121,7 @@ void eight_bit_block(const Integers& inputs, Index row, Index width, const std::
 #pragma GCC unroll 4
     for (int o = 0; o < kOut; ++o) {
       const std::int8_t* place = levels + o * width + i;
-      _mm_prefetch(place + kAhead, _MM_HINT_T0);
+      _mm_prefetch(place + kAhead, _MM_HINT_T1);
       factors[o] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, place), sign);
     }
 #pragma GCC unroll 4
