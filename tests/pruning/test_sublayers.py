@@ -191,3 +191,14 @@ def test_length_dependent_rope_limits_the_context() -> None:
         },
     )
     assert context_limit(dynamic) == 1024
+
+
+def test_the_slice_of_all_layers_is_the_list_and_others_are_lists_of_their_own() -> None:
+    model = tiny_model(layers=LAYERS)
+    wrap(model)
+    layers = model.get_decoder().layers
+    assert layers[:LAYERS] is layers[:] is layers[: LAYERS + 1] is layers
+    some = layers[1:3]
+    assert list(some) == [layers[1], layers[2]]
+    assert layers[-1] is layers[LAYERS - 1]
+    assert list(layers[::-1]) == list(layers)[::-1]
