@@ -19,7 +19,12 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from server.engine.early import launches_early, let_next_start, wait_for_previous
-from server.engine.multiprocessor import multiprocessors, shared_memory, stages
+from server.engine.multiprocessor import (
+    is_describable,
+    multiprocessors,
+    shared_memory,
+    stages,
+)
 
 SOME_ROWS = range(33, 129)
 """Rows that `gated_of_some_rows` is for."""
@@ -28,8 +33,8 @@ _MOST_OF_CUBLAS = 512
 
 _TILE_ROWS, _TILE_OUTPUTS, _TILE_INPUTS, _STAGES = 128, 128, 64, 3
 _TILE_BYTES = 2 * _TILE_INPUTS * (_TILE_ROWS + 2 * _TILE_OUTPUTS) * _STAGES
-_ALIGNED = 16
-"""Bytes that what a descriptor describes begins at, and its rows are apart, in multiples of."""
+_OUTPUTS = 8
+"""Outputs come in multiples of this: then rows of them are describable."""
 _BAND, _BAND_OF_MANY = 16, 8
 """Tiles of rows that pass over the weight together: all of up to 2,048 rows, else fewer, so that
 rows and weights of the tiles at work stay in the L2 cache."""
@@ -128,7 +133,7 @@ def gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def gated_tiles(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, of any number of rows; swept on an H100. Rows lie in multiples of 16 bytes."""
+    """The same, of any number of rows; swept on an H100. Rows are describable."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2
     y = x.new_empty(rows, outputs)
@@ -157,7 +162,5 @@ def _has_tiles(x: Tensor, weight: Tensor) -> bool:
     """Return whether tiles are the better choice: on devices with a copy engine, where they fit."""
     if not launches_early(x.device) or shared_memory(x.device) < _TILE_BYTES:
         return False
-    if x.dtype.itemsize != 2 or x.stride(1) != 1 or weight.stride(1) != 1:
-        return False
-    apart = [x.itemsize * count for count in (weight.shape[0] // 2, x.stride(0), weight.stride(0))]
-    return all(size % _ALIGNED == 0 for size in (*apart, x.data_ptr(), weight.data_ptr()))
+    fits = x.itemsize == 2 and weight.shape[0] // 2 % _OUTPUTS == 0
+    return fits and is_describable(x) and is_describable(weight)

@@ -1,4 +1,5 @@
-"""How many multiprocessors a device has, and what a kernel's program finds on one."""
+"""How many multiprocessors a device has, what a kernel's program finds on one, and what its copy
+engine takes."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ from functools import lru_cache
 
 import torch
 import triton
+from torch import Tensor
 
 _SHARED_MEMORY, _MULTIPROCESSORS = 227 << 10, 132
 """Where kernels are interpreted: as on an H100, whose ways are tested then."""
+_ALIGNED = 16
+"""Bytes that what a descriptor describes begins at, and its rows are apart, in multiples of."""
 
 
 @lru_cache
@@ -32,3 +36,9 @@ def stages(most: int, bytes_of_one: int, device: torch.device) -> int:
     """Return the steps whose tiles are on their way from memory at once: `most`, as far as there is
     room, and two at least."""
     return max(2, min(most, shared_memory(device) // bytes_of_one))
+
+
+def is_describable(x: Tensor) -> bool:
+    """Return whether a tensor descriptor can describe x, by which the copy engine brings it."""
+    apart = x.stride(0) * x.itemsize
+    return x.stride(-1) == 1 and x.data_ptr() % _ALIGNED == 0 and apart % _ALIGNED == 0

@@ -20,11 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from server.engine.attention.kernels import LOG2E, UNBOUNDED, Angles, capped, rotated
 from server.engine.attention.tiles import BLOCK
+from server.engine.multiprocessor import is_describable
 
 _JOINED_ROWS = 16
 """Rows of a tile that one program joins the parts of."""
-_ALIGNED = 16
-"""Bytes that what a descriptor describes begins at, and is apart, in multiples of."""
+_LEAST_BYTES = 16
+"""Of a tile's row that the copy engine brings."""
 
 
 @triton.jit
@@ -281,9 +282,8 @@ def attend_chunks(
 
 def _suits(x: Tensor) -> bool:
     """Return whether a descriptor can describe x [rows, heads, dim], heads side by side."""
-    size = x.element_size()
-    apart = x.stride(1) == x.shape[2] and x.stride(0) * size % _ALIGNED == 0
-    return apart and x.shape[2] * size >= _ALIGNED and x.data_ptr() % _ALIGNED == 0
+    side_by_side = x.stride(1) == x.shape[2] and x.shape[2] * x.itemsize >= _LEAST_BYTES
+    return side_by_side and is_describable(x)
 
 
 def _tiles(x: Tensor) -> TensorDescriptor:

@@ -13,8 +13,6 @@ constexpr Index kTokens = 64;  // whose scores of a row are in registers at one 
 constexpr Index kSharing = 4;  // rows that share what is read of keys and values
 constexpr Index kVectors = kTokens / kLanes;
 constexpr Index kTileRows = 192;  // rows times heads of a tile
-constexpr float kUnseen = -1e30f;
-constexpr Index kLine = 32;  // numbers that come from memory together
 
 // What is multiplied at one time in one lane, and what 16 lanes hold.
 #ifdef __AVX512BF16__

@@ -9,6 +9,8 @@ namespace {
 constexpr Index kBlock = 16;  // tokens whose keys or values are expanded to float at one time
 constexpr Index kSerial = 1 << 18;  // key elements below which a second thread costs more
 constexpr Index kSerialPairs = 1 << 15;  // the same by products of pairs
+constexpr float kUnseen = -1e30f;  // a score
+constexpr Index kLine = 32;  // numbers that come from memory together
 
 inline float dot(const float* a, const float* b, Index count) {
   float sum = 0;

@@ -2,8 +2,8 @@
 // where they lie, for heads whose dimension is a multiple of kSpan.
 //
 // A thread reads its tokens in order, all of its key heads of a token together, and asks for those
-// kAskedTokens later to come into the second-level cache. More can be on their way there than to the
-// first level: the same asked for there takes as long as not to ask.
+// kAskedTokens later to come into the second-level cache, where more can be on their way: asking for
+// them into the first one is no better than not asking.
 
 #pragma once
 
@@ -21,8 +21,6 @@ constexpr Index kTogetherTokens = 4;  // tokens whose keys are multiplied at one
 constexpr Index kAskedTokens = 32;
 constexpr Index kSpan = 64;  // numbers of a head whose sums are in registers
 constexpr Index kSharingHeads = 4;  // query heads that share what is read of keys and values
-constexpr Index kCacheLine = 32;  // numbers
-constexpr float kNothing = -1e30f;  // a score
 
 // Some key heads of a row.
 struct Share {
@@ -75,7 +73,7 @@ class Ahead {
 
  private:
   void ask_at(Index place, Index numbers) const {
-    for (Index i = 0; i < numbers; i += kCacheLine) {
+    for (Index i = 0; i < numbers; i += kLine) {
       _mm_prefetch(pages_.keys + place + i, _MM_HINT_T1);
       _mm_prefetch(pages_.values + place + i, _MM_HINT_T1);
     }
@@ -158,8 +156,8 @@ void weigh_values(const Pair* weights, const float* fade, const Bfloat16* values
     for (Index t = 0; t < pairs; ++t) {
       __m512bh numbers[kVectors];
       each<kVectors / 2>([&](auto v) {
-        const __m512i one = _mm512_loadu_si512(values + places[2 * t] + d + v * kCacheLine);
-        const __m512i two = _mm512_loadu_si512(values + places[2 * t + 1] + d + v * kCacheLine);
+        const __m512i one = _mm512_loadu_si512(values + places[2 * t] + d + v * kLine);
+        const __m512i two = _mm512_loadu_si512(values + places[2 * t + 1] + d + v * kLine);
         numbers[2 * v] = (__m512bh)_mm512_unpacklo_epi16(one, two);
         numbers[2 * v + 1] = (__m512bh)_mm512_unpackhi_epi16(one, two);
       });
@@ -191,7 +189,7 @@ struct Progress {
 
   void begin(Index heads, Index dim) {
     out.assign(heads * dim, 0.0f);
-    best.assign(heads, kNothing);
+    best.assign(heads, kUnseen);
     sum.assign(heads, 0.0f);
     fade.resize(heads);
     quarters.resize(heads * kPiece * kTogetherTokens);
@@ -201,12 +199,12 @@ struct Progress {
   // Turn a head's scores of a piece that ends `seen` tokens after its first one into weights.
   void weigh(Index head, Index seen, float factor) {
     const Index vectors = (seen + kLanes - 1) / kLanes;
-    __m512 scores[kPiece / kLanes], most = _mm512_set1_ps(kNothing);
+    __m512 scores[kPiece / kLanes], most = _mm512_set1_ps(kUnseen);
     for (Index v = 0; v < vectors; ++v) {
       const Index left = seen - v * kLanes;
       const __mmask16 mask = left < kLanes ? (1 << left) - 1 : 0xffff;
       const __m512 sums = sums_of(&quarters[(head * kPiece + v * kLanes) * kTogetherTokens]);
-      scores[v] = _mm512_mask_mul_ps(_mm512_set1_ps(kNothing), mask, sums, _mm512_set1_ps(factor));
+      scores[v] = _mm512_mask_mul_ps(_mm512_set1_ps(kUnseen), mask, sums, _mm512_set1_ps(factor));
       most = _mm512_max_ps(most, scores[v]);
     }
     const float before = best[head], now = std::max(before, _mm512_reduce_max_ps(most));
@@ -225,7 +223,7 @@ struct Progress {
   void write(Index head, Index dim, Bfloat16* to) const {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // as weigh_values left them
     const __m512 factor = _mm512_set1_ps(1 / sum[head]);
-    for (Index d = 0; d < dim; d += kCacheLine) {
+    for (Index d = 0; d < dim; d += kLine) {
       const float* from = &out[head * dim + d];
       const __m512 low = _mm512_mul_ps(_mm512_load_ps(from), factor);
       const __m512 high = _mm512_mul_ps(_mm512_load_ps(from + kLanes), factor);
