@@ -1,13 +1,14 @@
 """silu(g) * u of more rows than memory's speed decides about, where g and u are the halves of one
 product: the kernels whose tiles hold both halves of the same outputs.
 
-    rows to 128           one program holds all rows and a band of the weight
-    rows from 513         tiles of 128 rows, one program a multiprocessor, which goes from tile to
-                          tile; rows and weights come by the copy engine (tensor descriptors)
-    in between            cuBLAS's product, and a kernel for the rest
+    64 and 128 rows       one program holds all rows and a band of the weight
+    from 513 rows on      tiles of 128 rows, one program a multiprocessor, which goes from tile to
+                          tile
+    else                  cuBLAS's product, and a kernel for the rest
 
-cuBLAS is as fast or faster at the product alone, but leaves both halves to be read again: a tenth
-of its time (benchmarks/products.py, docs/performance.md).
+Rows and weights come by the copy engine (tensor descriptors). cuBLAS is as fast or faster at the
+product alone, but leaves both halves to be read again: a tenth of its time
+(benchmarks/products.py, docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from server.engine.multiprocessor import (
     stages,
 )
 
-SOME_ROWS = range(33, 129)
-"""Rows that `gated_of_some_rows` is for."""
+WHOLE_BOXES = (64, 128)
+"""Rows that are as many as the copy engine brings at once. It takes an eighth longer where a box
+reaches beyond the last row (docs/performance.md)."""
 _MOST_OF_CUBLAS = 512
 """Rows up to which cuBLAS's product, and a kernel for the rest, are faster than tiles."""
 
@@ -42,31 +44,18 @@ rows and weights of the tiles at work stay in the L2 cache."""
 
 @triton.jit
 def _some_rows(
-    x, weight, y, rows, outputs, inputs, x_row, weight_row, y_row,
+    x, weight, y, outputs, inputs,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program: OUTPUTS outputs of all rows, which are enough to stand on the left."""
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    row, item = tl.arange(0, ROWS), tl.arange(0, INPUTS)
-    exists, asked = output < outputs, row < rows
-    acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    """One program: OUTPUTS outputs of all rows. x, weight and y are descriptors."""
+    output = tl.program_id(0) * OUTPUTS
+    gate = tl.zeros([ROWS, OUTPUTS], tl.float32)
     up = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    given = x + row[:, None] * x_row + item[None, :]
-    band = weight + output[None, :].to(tl.int64) * weight_row + item[:, None]
-    second = outputs.to(tl.int64) * weight_row
     wait_for_previous(EARLY)
-    for _ in range(0, inputs, INPUTS):
-        part = tl.load(given, asked[:, None], 0.0)
-        tile = tl.load(band, exists[None, :], eviction_policy="evict_first")
-        acc = tl.dot(part, tile, acc, input_precision="ieee")
-        tile = tl.load(band + second, exists[None, :], eviction_policy="evict_first")
-        up = tl.dot(part, tile, up, input_precision="ieee")
-        given += INPUTS
-        band += INPUTS
+    for item in range(0, inputs, INPUTS):
+        gate, up = _plus(gate, up, x.load([0, item]), weight, output, outputs, item)
     let_next_start(EARLY)
-    acc = acc / (1 + tl.exp(-acc)) * up
-    target = y + row[:, None] * y_row + output[None, :]
-    tl.store(target, acc.to(y.dtype.element_ty), asked[:, None] & exists[None, :])
+    y.store([0, output], _opened(gate, up).to(y.dtype))
 
 
 @triton.jit
@@ -89,12 +78,21 @@ def _tiles(
         gate = tl.zeros([ROWS, OUTPUTS], tl.float32)
         up = tl.zeros([ROWS, OUTPUTS], tl.float32)
         for item in range(0, inputs, INPUTS):
-            part = x.load([row, item])
-            gate = tl.dot(part, weight.load([output, item]).T, gate, input_precision="ieee")
-            second = weight.load([outputs + output, item])
-            up = tl.dot(part, second.T, up, input_precision="ieee")
-        product = gate / (1 + tl.exp(-gate)) * up
-        y.store([row, output], product.to(y.dtype))
+            gate, up = _plus(gate, up, x.load([row, item]), weight, output, outputs, item)
+        y.store([row, output], _opened(gate, up).to(y.dtype))
+
+
+@triton.jit
+def _plus(gate, up, part, weight, output, outputs, item):
+    """Add the products of a part of the rows and the same inputs of both halves' outputs."""
+    gate = tl.dot(part, weight.load([output, item]).T, gate, input_precision="ieee")
+    up = tl.dot(part, weight.load([outputs + output, item]).T, up, input_precision="ieee")
+    return gate, up
+
+
+@triton.jit
+def _opened(gate, up):
+    return gate / (1 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -110,24 +108,30 @@ def _gate(x, y, width, WIDTH: tl.constexpr):  # fmt: skip
 
 def gated_of_many_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Return silu(g) * u, where g and u are the halves of x @ weight.T."""
-    if x.shape[0] > _MOST_OF_CUBLAS and _has_tiles(x, weight):
+    if x.shape[0] > _MOST_OF_CUBLAS and takes_descriptors(x, weight):
         return gated_tiles(x, weight)
     return gate(functional.linear(x, weight))
 
 
 def gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, of SOME_ROWS; swept on an H200. Inputs come in multiples of 64."""
+    """The same, of at most 128 rows that descriptors take; swept on an H100 and an H200.
+
+    A program has little shared memory, so that a multiprocessor holds two: while one begins or
+    ends, the other one reads.
+    """
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2
     y = x.new_empty(rows, outputs)
-    padded = max(64, triton.next_power_of_2(rows))
-    tile_outputs, tile_inputs = 128, 64
+    padded, tile_outputs = max(64, triton.next_power_of_2(rows)), 64
+    tile_inputs, most_stages = (128, 2) if padded == 64 else (64, 3)
     early = launches_early(x.device)
     bytes_of_stage = tile_inputs * (2 * tile_outputs + padded) * x.dtype.itemsize
     _some_rows[(triton.cdiv(outputs, tile_outputs),)](
-        x, weight, y, rows, outputs, inputs, x.stride(0), weight.stride(0), y.stride(0),
-        padded, tile_outputs, tile_inputs, early, launch_pdl=early,
-        num_warps=8, num_stages=stages(4, bytes_of_stage, x.device),
+        TensorDescriptor.from_tensor(x, [padded, tile_inputs]),
+        TensorDescriptor.from_tensor(weight, [tile_outputs, tile_inputs]),
+        TensorDescriptor.from_tensor(y, [padded, tile_outputs]),
+        outputs, inputs, padded, tile_outputs, tile_inputs, early, launch_pdl=early,
+        num_warps=4, num_stages=stages(most_stages, bytes_of_stage, x.device),
     )  # fmt: skip
     return y
 
@@ -158,8 +162,9 @@ def gate(both: Tensor) -> Tensor:
     return y
 
 
-def _has_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Return whether tiles are the better choice: on devices with a copy engine, where they fit."""
+def takes_descriptors(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels here can be used: on devices with a copy engine, where tiles
+    fit."""
     if not launches_early(x.device) or shared_memory(x.device) < _TILE_BYTES:
         return False
     fits = x.itemsize == 2 and weight.shape[0] // 2 % _OUTPUTS == 0

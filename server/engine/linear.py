@@ -12,9 +12,9 @@ follows a product is cheap beside it and a kernel launch is not, so it takes par
 of its own.) A weight in eight bits (eight_bits.py) comes with one scale an output: the kernel reads
 its bytes, turns them into wider numbers in registers (packing.py), and scales the sums.
 
-Products of more rows go to cuBLAS (many_rows.py, from eight bits), gated ones to gated_rows.py;
-which one runs is decided at each call. Compiled layers call these as opaque operators
-(compiling.py puts them in the place of torch's).
+Products of more rows go to cuBLAS (many_rows.py, from eight bits), gated ones to gated_rows.py,
+some with long inputs to shared_inputs.py; which one runs is decided at each call. Compiled layers
+call these as opaque operators (compiling.py puts them in the place of torch's).
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from server.engine import many_rows
+from server.engine import many_rows, shared_inputs
 from server.engine.early import launches_early, let_next_start, wait_for_previous
-from server.engine.gated_rows import SOME_ROWS, gate, gated_of_many_rows, gated_of_some_rows
+from server.engine.gated_rows import (
+    WHOLE_BOXES,
+    gate,
+    gated_of_many_rows,
+    gated_of_some_rows,
+    takes_descriptors,
+)
 from server.engine.multiprocessor import stages
 from server.engine.operators import in_place, operator
 from server.engine.packing import first_input, numbers
@@ -147,6 +153,8 @@ def linear(x: Tensor, weight: Tensor, added: Tensor | None, scale: Tensor | None
         return _multiply(x, weight, added, scale, gated=False)
     if scale is not None:
         return many_rows.scaled_linear(x, weight, added, scale)
+    if shared_inputs.takes(x, weight):
+        return shared_inputs.product(x, weight, added)
     if added is None or added.dim() == 1:
         return functional.linear(x, weight, added)
     return torch.addmm(added, x, weight.t())
@@ -157,6 +165,8 @@ def add_product(x: Tensor, weight: Tensor, total: Tensor) -> None:
     """Add x @ weight.T to total [rows, outputs], which cuBLAS copies where it is `linear`'s."""
     if _suits(x, weight):
         _multiply(x, weight, total, None, gated=False, into=total)
+    elif shared_inputs.takes(x, weight):
+        shared_inputs.product(x, weight, total, into=total)
     elif len(x) == 1:  # whose stride may be none, which cuBLAS does not take
         total.add_(functional.linear(x, weight))
     else:
@@ -173,7 +183,8 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     x is [rows, inputs], weight [2 * outputs, inputs], scale as in `linear`.
     """
-    if scale is None and x.shape[0] in SOME_ROWS and _is_laid_out(x, weight):
+    whole = scale is None and x.shape[0] in WHOLE_BOXES
+    if whole and _is_laid_out(x, weight) and takes_descriptors(x, weight):
         return gated_of_some_rows(x, weight)
     if _suits(x, weight):
         return _multiply(x, weight, None, scale, gated=True)

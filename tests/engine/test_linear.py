@@ -8,6 +8,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from server.engine import shared_inputs
 from server.engine.eight_bits import KINDS, EightBits, Kind, eight_bits
 from server.engine.gated_rows import gated_of_some_rows, gated_tiles
 from server.engine.linear import (
@@ -68,7 +69,7 @@ def test_a_gated_product(rows: int, outputs: int, inputs: int) -> None:
     assert error(gated(x, weight), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(65, 100, 192), (33, 256, 64)])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(65, 104, 192), (33, 72, 192)])
 def test_a_gated_product_of_some_rows(rows: int, outputs: int, inputs: int) -> None:
     x, weight = random(rows, inputs), random(2 * outputs, inputs)
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
@@ -90,6 +91,34 @@ def test_tiles_take_rows_that_do_not_lie_side_by_side() -> None:
     x = wide[:, 64:]
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=-1)
     assert error(gated_tiles(x, weight), functional.silu(gate) * up) < TOLERANCE
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(65, 100, 320), (33, 64, 648), (2, 8, 64)])
+def test_a_product_whose_programs_share_inputs(rows: int, outputs: int, inputs: int) -> None:
+    """Parts that are whole, begun, and empty; outputs that fill no band."""
+    x, weight = random(rows, inputs), random(outputs, inputs)
+    exact = x.double() @ weight.double().T
+    for added in (None, random(outputs), random(rows, outputs)):
+        expected = exact if added is None else exact + added.double()
+        assert error(shared_inputs.product(x, weight, added), expected) < TOLERANCE
+    total, beside = random(rows, 2 * outputs).chunk(2, dim=1)
+    expected, untouched = exact + total.double(), beside.clone()
+    assert shared_inputs.product(x, weight, total, into=total) is total
+    assert error(total, expected) < TOLERANCE
+    assert torch.equal(beside, untouched)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="which product runs depends on the device")
+def test_whole_boxes_of_rows_share_long_inputs() -> None:
+    """As many as fill the device, and no more."""
+    outputs = 64 * (torch.cuda.get_device_properties(0).multi_processor_count // 2)
+    weight = random(outputs, 4 * outputs)
+    has_descriptors = torch.cuda.get_device_capability()[0] >= 9
+    for rows, taken in ((32, False), (64, True), (96, False), (128, True), (129, False)):
+        x = random(rows, 4 * outputs)
+        assert shared_inputs.takes(x, weight) == (taken and has_descriptors)
+        assert not shared_inputs.takes(x[:, : 3 * outputs], weight[:, : 3 * outputs])
+        assert error(linear(x, weight, None), x.double() @ weight.double().T) < TOLERANCE
 
 
 @pytest.mark.skipif(not ON_GPU, reason="narrow and wide rows take different ways on a GPU only")
