@@ -1,4 +1,5 @@
-"""What several tests share: one loaded model, one running server, one cache for both."""
+"""What several tests share: one loaded model, one running server, one cache for both, and native
+functions that are compiled once."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from server.engine.native import native_functions
 from tests.live import LiveServer, serve
 
 HALF = "15"
@@ -37,6 +39,15 @@ def live() -> Iterator[LiveServer]:
     """A server on the embedded model: full, pruned (15 of 30 layers dropped) and light (4)."""
     with serve(["--drop", HALF, "--variant", "light=4", "--dtype", "float32"]) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with native functions, which take ten seconds to compile: once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
+    native_functions(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
