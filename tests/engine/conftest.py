@@ -1,12 +1,19 @@
-"""Native functions, compiled once for all tests that call them."""
+"""Native functions, compiled once for all tests that call them, and a quicker interpreter."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.engine.native import NativeFunctions, native_functions
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    from tests.engine.interpreter import leave_out_what_changes_nothing
+
+    leave_out_what_changes_nothing()
 
 
 @pytest.fixture(scope="session")
