@@ -1,9 +1,12 @@
-"""What several tests share: one loaded model, one running server, one cache for both."""
+"""What several tests share: one loaded model, one running server, one cache for both, and native
+functions that are compiled once."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 # The converted model and plans stay between runs, apart from the user's own cache.
@@ -20,6 +23,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from pruning.loading import EMBEDDED_MODEL, BaseModel, load_base_model
+from server.engine.native import native_functions
 from tests.live import LiveServer, serve
 
 HALF = "15"
@@ -33,10 +37,37 @@ def base() -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def live() -> Iterator[LiveServer]:
+def live(run_folder: Path) -> Iterator[LiveServer]:
     """A server on the embedded model: full, pruned (15 of 30 layers dropped) and light (4)."""
-    with serve(["--drop", HALF, "--variant", "light=4", "--dtype", "float32"]) as server:
+    with ExitStack() as stack:
+        with in_turn(run_folder / "plan.lock"):  # the first computes it, a minute's work
+            options = ["--drop", HALF, "--variant", "light=4", "--dtype", "float32"]
+            server = stack.enter_context(serve(options))
         yield server
+
+
+@pytest.fixture(scope="session")
+def native_folder(run_folder: Path) -> Path:
+    """A folder with native functions, which take ten seconds to compile."""
+    folder = run_folder / "native"
+    with in_turn(run_folder / "native.lock"):
+        native_functions(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def in_turn(lock: Path) -> Iterator[None]:
+    """Let one worker at a time make what it leaves to the others."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 from typer.testing import CliRunner
 
 from server import __version__
@@ -55,20 +56,22 @@ def test_a_port_that_is_taken_is_one_sentence_and_a_failure(live: LiveServer) ->
     assert run.stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
 
 
-def test_a_mistake_in_the_settings_is_one_sentence() -> None:
-    for options, sentence in [
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
         (["--port", "99999"], "--port: Input should be less than or equal to 65535"),
         (["--kv-cache-memory", "lots"], "'lots' is not a size"),
         (["--variant", "light"], "--variant 'light' must be NAME=DROP"),
         (["--model", "no/such.gguf"], "there is no GGUF file"),
-    ]:
-        run = subprocess.run(
-            [sys.executable, "-m", "server.cli", "serve", *options], capture_output=True, text=True
-        )
-        assert run.returncode == 1
-        assert sentence in run.stderr
-        assert "Traceback" not in run.stderr
-        assert len(run.stderr.splitlines()) <= 2
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_sentence(options: list[str], sentence: str) -> None:
+    run = CliRunner().invoke(app, ["serve", *options])
+    assert run.exit_code == 1
+    assert isinstance(run.exception, SystemExit)
+    assert run.stdout == ""
+    assert sentence in run.stderr
+    assert len(run.stderr.splitlines()) <= 2
 
 
 def test_the_version_is_told() -> None:

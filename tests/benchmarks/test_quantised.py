@@ -48,9 +48,9 @@ def test_every_precision_reads_its_own_bytes() -> None:
 
 @pytest.mark.skipif(not runs_here(torch.device("cpu")), reason="needs AVX-512")
 def test_native_functions_predict_as_torchs_kernels_do_whatever_the_outputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    native_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.quantised.COMPILED", tmp_path)
+    monkeypatch.setattr("benchmarks.quantised.COMPILED", native_folder)
     base = wrapped(tiny_model("qwen2", layers=LAYERS, width=32))
     quantise(base.model)
     taken = {linear.out_features % FOUR_BIT_OUTPUTS == 0 for linear in four_bit_layers(base.model)}

@@ -48,9 +48,10 @@ class Traffic:
                 assert client.post("/v1/completions", json={"n": 0}).status_code == 400
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def metrics_url(live: LiveServer) -> Iterator[str]:
-    """http://127.0.0.1:PORT/metrics of a server that keeps serving every variant."""
+    """http://127.0.0.1:PORT/metrics of a server that keeps serving every variant, which takes a
+    whole core: only as long as a module needs it."""
     traffic = Traffic(live)
     traffic.start()
     yield str(httpx.URL(live.url).join("/metrics"))

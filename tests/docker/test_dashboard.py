@@ -41,6 +41,11 @@ BUILT_IN_VARIABLES = {"__rate_interval"}
 # What Grafana computes for a scrape interval of 5 s: at least four of them.
 RATE_INTERVAL = "20s"
 DEADLINE_SECONDS = 60.0
+PROMETHEUS = shutil.which("prometheus")
+needs_prometheus = pytest.mark.skipif(
+    PROMETHEUS is None,  # a mark, since a fixture would skip after the live server has started
+    reason="prometheus is not on PATH; install it to run the dashboard's queries",
+)
 
 Answer = TypeVar("Answer")
 Series = list[dict[str, Any]]
@@ -103,19 +108,18 @@ def shipped_configuration(directory: Path, target: str) -> Path:
 
 @pytest.fixture(scope="module")
 def prometheus(metrics_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    binary = shutil.which("prometheus")
-    if binary is None:
-        pytest.skip("prometheus is not on PATH; install it to run the dashboard's queries")
+    assert PROMETHEUS is not None
     directory = tmp_path_factory.mktemp("prometheus")
     config = shipped_configuration(directory, urllib.parse.urlsplit(metrics_url).netloc)
     address = f"127.0.0.1:{free_port()}"
-    arguments = (
+    command = (
+        PROMETHEUS,
         f"--config.file={config}",
         f"--storage.tsdb.path={directory / 'data'}",
         f"--web.listen-address={address}",
     )
     with (directory / "log").open("w") as log:
-        process = subprocess.Popen([binary, *arguments], stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         prometheus = Prometheus(f"http://{address}")
         assert eventually(prometheus.ready, bool), (directory / "log").read_text()
@@ -157,11 +161,13 @@ def has_numbers(series: Series) -> bool:
     return bool(series) and all(math.isfinite(float(s["value"][1])) for s in series)
 
 
+@needs_prometheus
 def test_the_variables_offer_the_model_and_its_variants(choices: dict[str, list[str]]) -> None:
     assert len(choices["model_name"]) == 1
     assert set(choices["variant"]) >= {"full", "pruned"}
 
 
+@needs_prometheus
 @pytest.mark.parametrize("expr", QUERIES.values(), ids=QUERIES.keys())
 def test_every_query_returns_data(
     expr: str, prometheus: Prometheus, choices: dict[str, list[str]]
@@ -177,6 +183,7 @@ def test_every_query_returns_data(
     assert complete(series), f"{asked} returned {series}"
 
 
+@needs_prometheus
 def test_the_rules_are_evaluated_without_errors(prometheus: Prometheus) -> None:
     def evaluated(rules: Series) -> bool:
         return bool(rules) and all(rule["health"] != "unknown" for rule in rules)
@@ -185,6 +192,7 @@ def test_the_rules_are_evaluated_without_errors(prometheus: Prometheus) -> None:
     assert {rule["health"] for rule in rules} == {"ok"}
 
 
+@needs_prometheus
 def test_creation_times_are_not_stored(
     prometheus: Prometheus, choices: dict[str, list[str]]
 ) -> None:

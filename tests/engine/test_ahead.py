@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,22 @@ def logits(
     return output.logits.double()
 
 
+def with_native_functions(folder: Path, native_folder: Path) -> Path:
+    """Return a folder that holds native functions, if there are any, and no compiled ones."""
+    for library in native_folder.glob("*.so"):
+        shutil.copy(library, folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=WIDTHS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(
+    request: pytest.FixtureRequest,
+    native_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Compiled:
     """Functions, made once: compiling takes half a minute."""
-    folder, base = tmp_path_factory.mktemp("compiled"), four_bit_base(request.param)
+    folder = with_native_functions(tmp_path_factory.mktemp("compiled"), native_folder)
+    base = four_bit_base(request.param)
     layers = CompiledLayers(base.model, folder)
     assert layers.missing == 1, "all layers of the model have one form"
     layers.compile_missing()
@@ -115,20 +128,26 @@ def test_a_substitute_is_no_other_form(compiled: Compiled) -> None:
     assert CompiledLayers(base.model, compiled.folder).missing == 0
 
 
-def test_a_model_can_be_compiled_once_more(compiled: Compiled, tmp_path: Path) -> None:
+def test_a_model_can_be_compiled_once_more(
+    compiled: Compiled, native_folder: Path, tmp_path: Path
+) -> None:
     """As for another engine in the same process, when native functions compute its products."""
+    elsewhere = with_native_functions(tmp_path, native_folder)
     base = four_bit_base(compiled.width)
     assert CompiledLayers(base.model, compiled.folder).missing == 0
     assert CompiledLayers(base.model, compiled.folder).missing == 0
-    assert CompiledLayers(base.model, tmp_path).missing == 1
+    assert CompiledLayers(base.model, elsewhere).missing == 1
 
 
 def test_without_a_compiler_layers_stay_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    native_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "nothing compiled before"))
     base, plain = four_bit_base(), four_bit_base()
-    layers = CompiledLayers(base.model, tmp_path)
+    layers = CompiledLayers(base.model, with_native_functions(tmp_path, native_folder))
     _compute_any_rows(plain.model, layers.native)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         layers.compile_in_background().join()

@@ -57,17 +57,13 @@ IN_CHUNKS = {"plain", "no groups", "more heads than are computed together", "odd
 HIDDEN = 48
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX-512 alone"])
-def native(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> NativeFunctions:
-    """The functions as this processor has them, and as one has them that multiplies neither
-    bfloat16 numbers nor bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "AVX-512 alone":
-            patch.setattr("server.engine.native._optional_flags", list)
-        functions = native_functions(tmp_path_factory.mktemp("native"))
-    assert functions is not None
+@pytest.fixture(
+    scope="module",
+    params=["native_of_this_processor", "native_of_avx512_alone"],
+    ids=["this processor", "AVX-512 alone"],
+)
+def native(request: pytest.FixtureRequest) -> NativeFunctions:
+    functions: NativeFunctions = request.getfixturevalue(request.param)
     return functions
 
 
@@ -319,13 +315,13 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, name: str, used: Counter[str]) 
 
 
 def test_an_engine_answers_alike_with_and_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    native_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_compiling_layers(monkeypatch)
     used: Counter[str] = Counter()
     for name in ("attend", "substitute"):
         count_calls(monkeypatch, name, used)
-    assert answers(tmp_path) == answers(None)
+    assert answers(native_folder) == answers(None)
     assert used["attend"] > 12
     assert used["substitute"] > 12
 

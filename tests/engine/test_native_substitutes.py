@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,13 +10,7 @@ from pruning.attention import CausalAttention
 from pruning.quantised import EightBitSubstitute, runs_here
 from pruning.sublayers import AttentionSublayer, wrap
 from pruning.substitutes import LinearSubstitute
-from server.engine.native import (
-    MAP_ROWS,
-    NativeFunctions,
-    NormedMap,
-    TiledMap,
-    native_functions,
-)
+from server.engine.native import MAP_ROWS, NativeFunctions, NormedMap, TiledMap
 from server.engine.substitutes import use_native
 from tests.pruning.tiny_models import tiny_model
 
@@ -30,23 +22,9 @@ FAMILIES = ["llama", "qwen2", "phi3", "gemma2", "gemma3_text", "olmo2", "granite
 ROUNDED = 2**-8
 
 
-def compiled(folder: Path) -> NativeFunctions:
-    functions = native_functions(folder)
-    assert functions is not None
-    return functions
-
-
 @pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
-    return compiled(tmp_path_factory.mktemp("native"))
-
-
-@pytest.fixture(scope="module")
-def in_float32(tmp_path_factory: pytest.TempPathFactory) -> NativeFunctions:
-    """The functions of a processor without products of bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return compiled(tmp_path_factory.mktemp("in_float32"))
+def native(native_of_this_processor: NativeFunctions) -> NativeFunctions:
+    return native_of_this_processor
 
 
 def random_substitute(width: int, rank: int | None) -> LinearSubstitute:
@@ -125,9 +103,10 @@ def test_maps_of_any_shape(
 @pytest.mark.parametrize("rows", range(1, MAP_ROWS + 1))
 @pytest.mark.parametrize("rank", [None, 160])
 def test_maps_without_products_of_bfloat16(
-    in_float32: NativeFunctions, rank: int | None, rows: int
+    native_of_avx512_alone: NativeFunctions, rank: int | None, rows: int
 ) -> None:
-    hold_equal(sublayer_of("llama", 224, rank), torch.randn(1, rows, 224).bfloat16(), in_float32)
+    hidden = torch.randn(1, rows, 224).bfloat16()
+    hold_equal(sublayer_of("llama", 224, rank), hidden, native_of_avx512_alone)
 
 
 def test_every_level_is_multiplied_exactly(native: NativeFunctions) -> None:

@@ -60,7 +60,7 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_dtype(folder: Path) -> N
 def test_what_cannot_be_loaded(
     source: str, options: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=sentence):
         load_base_model(source, **options)
 
