@@ -29,6 +29,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -54,6 +55,9 @@ from server.engine.native import (
 )
 
 logger = logging.getLogger(__name__)
+
+# torch warns of a name that its own export uses; who starts a server can do nothing about it.
+warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
 
 COMPILER = "compile"
 """The name of the thread that compiles in the background."""

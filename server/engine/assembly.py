@@ -164,6 +164,7 @@ def _runner(
         compiled = None if config.enforce_eager else config.compiled
         native = None if compiled is None else _use_compiled(base, compiled)
         if native is not None and pool.dtype == torch.bfloat16:
+            logger.info("attention is computed by native functions where they take its form")
             rows = RowsBackend(native, pool, layout, variants, kv_heads)
             return ModelRunner(base.model, pool, rows, rows, last_tokens, overlaps=False)
         sdpa = SdpaBackend(pool, layout, variants, kv_heads)

@@ -282,16 +282,24 @@ class Engine:
             if request.id in self._requests:
                 self._commit_token(request, result.tokens[place], result.logprobs[place], now)
         for scheduled in batch.sequences:
-            request = scheduled.request
-            if request.id in self._requests and (reason := _finish_reason(request)):
-                self._end(request, reason)
+            if not scheduled.samples:
+                self._end_if_computed(scheduled.request)
 
     def _commit_token(
         self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> None:
         request.output.append(token)
         request.first_token = request.first_token or now
-        request.sink.put(TokenEvent(token, logprobs, now, _finish_reason(request)))
+        finish = _finish_reason(request)
+        request.sink.put(TokenEvent(token, logprobs, now, finish))
+        if finish is not None:
+            self._end(request, finish)
+
+    def _end_if_computed(self, request: Request) -> None:
+        """End a request that generates nothing once its prompt is computed."""
+        is_open = request.params.max_tokens == 0 and request.id in self._requests
+        if is_open and request.remaining == 0:
+            self._end(request, FinishReason.LENGTH)
 
     def _commit_scores(self, batch: Batch, result: StepResult) -> None:
         scored = zip(batch.scored, result.prompt_logprobs, strict=True)
@@ -340,9 +348,7 @@ def _ended(request: Request, reason: FinishReason, now: float, error: str | None
 
 
 def _finish_reason(request: Request) -> FinishReason | None:
-    """Return why a request is over after a step, if it is."""
-    if request.params.max_tokens == 0:
-        return FinishReason.LENGTH if request.remaining == 0 else None
-    if request.output and request.output[-1] in request.params.stop_token_ids:
+    """Return why a request is over after its last token, if it is."""
+    if request.output[-1] in request.params.stop_token_ids:
         return FinishReason.STOP
     return FinishReason.LENGTH if len(request.output) == request.params.max_tokens else None

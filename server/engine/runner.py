@@ -32,6 +32,7 @@ from server.engine.sampling import (
     Scores,
     generated_scores,
     is_plain_greedy,
+    most_likely,
     prompt_scores,
     sample,
 )
@@ -167,15 +168,16 @@ class ModelRunner:
         self._backend.prepare(batch)
         logits = self._logits(batch, sources)
         count = len(batch.sampled)
-        tokens = sample(logits[:count], batch.sampling)
+        generated = prompt = None
+        if not batch.scored and all(map(is_plain_greedy, batch.sampling)):
+            tokens = most_likely(logits)
+        else:
+            logits = logits.float()
+            tokens = sample(logits[:count], batch.sampling)
+            generated = generated_scores(logits[:count], batch.sampling, tokens)
+            prompt = prompt_scores(logits[count:], batch.scored)
         self._last_tokens[:count] = tokens
-        return _Step(
-            batch,
-            np.arange(count),
-            download(tokens),
-            generated_scores(logits[:count], batch.sampling, tokens),
-            prompt_scores(logits[count:], batch.scored),
-        )
+        return _Step(batch, np.arange(count), download(tokens), generated, prompt)
 
     def _replayed(self, batch: Batch, places: NDArray[np.int64]) -> _Step:
         places = places[list(batch.sampled)]
@@ -190,7 +192,7 @@ class ModelRunner:
         return _Step(batch, places, download(self._last_tokens[:end]), scores, None)
 
     def _logits(self, batch: Batch, sources: NDArray[np.int64]) -> Tensor:
-        """Return the logits of the rows that need them, [logit rows, vocabulary], in float32."""
+        """Return the logits of the rows that need them, [logit rows, vocabulary]."""
         device = self._pool.device
         ids = upload(batch.token_ids, torch.long, device)
         if (sources >= 0).any():
@@ -207,7 +209,7 @@ class ModelRunner:
             last=last,
             logits_to_keep=rows if last is None else torch.arange(len(rows), device=device),
         )
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        return output.logits[0]  # type: ignore[no-any-return]
 
 
 def known_tokens(given: Tensor, sources: Tensor, last_tokens: Tensor) -> Tensor:

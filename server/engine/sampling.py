@@ -13,7 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.batch import SamplingRow, ScoredRow
@@ -44,15 +46,28 @@ def most_likely(logits: Tensor) -> Tensor:
     """Return each row's most likely token, [rows]; the first of several.
 
     In two stages where the vocabulary divides: a GPU gives a row of a plain argmax to one of its
-    multiprocessors. numpy's is seven times as fast as torch's on a CPU.
+    multiprocessors.
     """
     if logits.device.type == "cpu":
-        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+        return torch.from_numpy(_largest(logits))
     parts = math.gcd(logits.shape[-1], 128)
     best, places = logits.unflatten(-1, (parts, -1)).max(dim=-1)  # type: ignore[no-untyped-call]
     part = best.argmax(dim=-1, keepdim=True)
     chosen: Tensor = part * (logits.shape[-1] // parts) + places.gather(1, part)
     return chosen[:, 0]
+
+
+def _largest(logits: Tensor) -> NDArray[np.int64]:
+    """Return the place of each row's largest number, by numpy, which takes a seventh of torch's
+    time. Numbers of 16 bits that are above 0 have the order of their bits, and nothing below 0 is
+    above them by its bits, so they are not made wider."""
+    if logits.dtype == torch.bfloat16:
+        bits = logits.view(torch.int16).numpy()
+        places: NDArray[np.int64] = bits.argmax(axis=-1)
+        if all(row[place] > 0 for row, place in zip(bits, places.tolist(), strict=True)):
+            return places
+    found: NDArray[np.int64] = logits.float().numpy().argmax(axis=-1)
+    return found
 
 
 def is_plain_greedy(row: SamplingRow) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.engine.batch import SamplingRow
 from server.engine.request import SamplingParams
-from server.engine.sampling import generated_scores, score, uniform
+from server.engine.sampling import generated_scores, most_likely, score, uniform
 from server.engine.sampling import sample as sampled
 
 VOCABULARY = 12
@@ -44,6 +44,20 @@ def test_the_first_of_equal_logits_is_the_most_likely() -> None:
     best = logits.amax(-1, keepdim=True)
     first = [(row == most).nonzero()[0].item() for row, most in zip(logits, best, strict=True)]
     assert sample(logits, [row(temperature=0.0)] * 9) == first
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(width=16, allow_nan=False), min_size=5, max_size=5),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_numbers_of_16_bits_are_ordered_as_wider_ones(rows: list[list[float]]) -> None:
+    """Above and below 0, either 0, both infinities, and equal ones."""
+    logits = torch.tensor(rows).bfloat16()
+    assert torch.equal(most_likely(logits), most_likely(logits.float()))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
