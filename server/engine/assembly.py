@@ -23,6 +23,7 @@ from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
 from server.engine.native import NativeFunctions
+from server.engine.norms import use_native_norm
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
 from server.engine.scheduler import Limits, Scheduler
@@ -200,8 +201,8 @@ def _runner(
 
 
 def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
-    """Let layers in four bits run by compiled functions, as soon as there are any, and their head
-    and substitutes by native ones, which are returned if there are any."""
+    """Let layers in four bits run by compiled functions, as soon as there are any, and their head,
+    last norm and substitutes by native ones, which are returned if there are any."""
     if not four_bit_layers(base.model):
         return None
     from server.engine.ahead import CompiledLayers  # brings much of torch along
@@ -217,6 +218,7 @@ def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
         if isinstance(head, EightBitHead):
             head.compute_by(layers.native.eight_bit_product, layers.native.eight_bit_rows)
         use_native(base.sublayers, layers.native)
+        use_native_norm(base.model, layers.native)
     return layers.native
 
 

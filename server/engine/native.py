@@ -1,11 +1,11 @@
 """The functions of native.cpp, compiled for this machine when a server first starts and kept.
 
 A step on a CPU calls them where torch, or Python around it, takes several times as long as the
-work: attention over pages, of single rows and of chunks, the head's product in eight bits, what
-stands in dropped sublayers' places, and layers' products in four bits, which layers compiled ahead
-of time call by themselves. Knows addresses, shapes and strides; nothing of requests. Without a C++
-compiler, or without AVX-512, there are no such functions and everything runs as it does without
-them.
+work: attention over pages, of single rows and of chunks, the last norm, the head's product in eight
+bits, what stands in dropped sublayers' places, and layers' products in four bits, which layers
+compiled ahead of time call by themselves. Knows addresses, shapes and strides; nothing of requests.
+Without a C++ compiler, or without AVX-512, there are no such functions and everything runs as it
+does without them.
 """
 
 from __future__ import annotations
@@ -221,6 +221,9 @@ class NativeFunctions:
         self._product = loaded.eight_bit_product
         self._product.restype = None
         self._product.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
+        self._norm = loaded.norm_rows
+        self._norm.restype = None
+        self._norm.argtypes = (*(_Address,) * 3, *(_Count,) * 2, ctypes.c_float)
         self._substitute = loaded.substitute_rows
         self._substitute.restype = None
         self._substitute.argtypes = (_Address, _Address, _Count, ctypes.POINTER(_Substitute))
@@ -290,6 +293,16 @@ class NativeFunctions:
             *(tensor.data_ptr() for tensor in (inputs, packed, scales_and_zeros, out)),
             *(rows, outputs, width),
         )
+        return out
+
+    def norm(self, hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        """Return gain * x / sqrt(mean(x^2) + epsilon) of rows x, hidden [..., width] in bfloat16;
+        gain is [width] in float32. Rounded once, at the end."""
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        width = hidden.shape[-1]
+        addresses = (hidden.data_ptr(), gain.data_ptr(), out.data_ptr())
+        self._norm(*addresses, hidden.numel() // width, width, epsilon)
         return out
 
     def substitute(self, hidden: Tensor, substitute: ctypes.Structure) -> Tensor:

@@ -9,26 +9,13 @@ native function computes; sublayers with another one stay as they are, and so do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruning.quantised import EightBitSubstitute
 from pruning.sublayers import AttentionSublayer
 from server.engine.native import MAP_ROWS, NativeFunctions, NormedMap, TiledMap
-
-_OFFSETS = (0.0, 1.0)
-"""What is added to a norm's weight: nothing, or 1 as in Gemma."""
-
-
-@dataclass(frozen=True, slots=True)
-class _RootMeanSquare:
-    """`gain * x / sqrt(mean(x^2) + epsilon)`, or nothing at all where there is no gain."""
-
-    gain: Tensor | None
-    """float32 [width]"""
-    epsilon: float
+from server.engine.norms import RootMeanSquare, root_mean_square
 
 
 def use_native(sublayers: Iterable[AttentionSublayer], native: NativeFunctions) -> None:
@@ -38,7 +25,7 @@ def use_native(sublayers: Iterable[AttentionSublayer], native: NativeFunctions) 
     """
     for sublayer in sublayers:
         substitute = sublayer.substitute
-        norm = _root_mean_square(sublayer.norm)
+        norm = root_mean_square(sublayer.norm)
         if isinstance(substitute, EightBitSubstitute) and norm is not None:
             sublayer.substitute = substitute.exact
             sublayer.replace_by(_replacing(sublayer, substitute, norm, native))
@@ -47,7 +34,7 @@ def use_native(sublayers: Iterable[AttentionSublayer], native: NativeFunctions) 
 def _replacing(
     sublayer: AttentionSublayer,
     substitute: EightBitSubstitute,
-    norm: _RootMeanSquare,
+    norm: RootMeanSquare,
     native: NativeFunctions,
 ) -> Callable[[Tensor], Tensor]:
     """Return what computes a sublayer's rows that do not attend."""
@@ -67,24 +54,3 @@ def _replacing(
         return sublayer.replaced(hidden, exact)
 
     return replaced
-
-
-@torch.no_grad()
-def _root_mean_square(norm: nn.Module) -> _RootMeanSquare | None:
-    """Return the form of a norm by what it does to numbers, half of them so small that epsilon
-    decides; None where it is another one."""
-    if isinstance(norm, nn.Identity):
-        return _RootMeanSquare(None, 0.0)
-    weight = getattr(norm, "weight", None)
-    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
-        return None
-    numbers = torch.linspace(-2.0, 3.0, weight.numel())
-    probe = torch.stack([numbers, numbers * epsilon**0.5])
-    expected = probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + epsilon)
-    given = norm(probe)
-    for offset in _OFFSETS:
-        gain = weight.detach().float() + offset
-        if torch.allclose(given, expected * gain, rtol=1e-4, atol=1e-5):
-            return _RootMeanSquare(gain, epsilon)
-    return None

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "norms.h"
 
 namespace {
 
@@ -122,10 +122,7 @@ constexpr TileSums kTileSums[] = {
 // Lay the norm of a row [width].
 void normalise(const Bfloat16* hidden, const Substitute& s, Index width, Index row, Index rows,
                Number* out) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (Index i = 0; i < width; ++i) squares += expanded(hidden[i]) * expanded(hidden[i]);
-  const float factor = 1 / std::sqrt(squares / width + s.epsilon);
+  const float factor = norm_factor(hidden, width, s.epsilon);
   float normed[kTile];
   for (Index first = 0; first < width; first += kTile) {
 #pragma omp simd
