@@ -21,6 +21,10 @@ from server.api.errors import ApiError
 Json = Mapping[str, Any]
 T = TypeVar("T")
 
+SEND_BODY = "send_body"
+"""Where a request's state holds the `send` of the server itself: middleware looks at how an answer
+starts, and would only hand on each piece that follows."""
+
 
 class ClientLeftError(Exception):
     """The client closed the connection before its answer was complete."""
@@ -57,7 +61,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = asyncio.create_task(self._send_events(send))
+        body = asyncio.create_task(self._send_events(scope.get("state", {}).get(SEND_BODY, send)))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({body, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -70,7 +74,7 @@ class EventStream(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    await send(_more(event))
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
         except ApiError as error:
             await send(_more(json_event(error.body)))
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,21 +133,23 @@ async def _collect(call: _Call, generation: Generation) -> Json:
     }
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
+def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
     options, count = call.body.stream_options, call.body.n or 1
     header = call.header("chat.completion.chunk")
     first = {**header, "usage": None} if options is not None and options.include_usage else header
-    for index in range(count):
-        yield json_event({**first, "choices": [_speaker(index)]})
 
     def chunks_with(fields: Json) -> Chunks:
         return Chunks({**header, **fields})
 
-    usage, event_of = Usage(len(call.prompt), 0), partial(_event, call)
-    events = chunk_events(generation, usage, count, options, chunks_with, event_of)
-    async with aclosing(events):
-        async for event in events:
-            yield event
+    return chunk_events(
+        generation,
+        Usage(len(call.prompt), 0),
+        count,
+        options,
+        chunks_with,
+        partial(_event, call),
+        [json_event({**first, "choices": [_speaker(index)]}) for index in range(count)],
+    )
 
 
 def _speaker(index: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ the whole object would give.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from json.encoder import encode_basestring as _quoted
 
 from server.api.answers import Json
 from server.api.generation import Delta, Generation
@@ -23,6 +24,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 _FINISH: dict[FinishReason | None, str] = {
     None: "null",
     **{reason: _encode(reason.value) for reason in FinishReason},
+}
+_WITHOUT_LOGPROBS = {
+    finish: f',"logprobs":null,"finish_reason":{told}}}' for finish, told in _FINISH.items()
 }
 
 
@@ -38,25 +42,26 @@ class Chunks:
         self, index: int, text: str, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds text to a completion."""
-        return self._chunk(index, f'"text":{_encode(text)}', logprobs, finish)
+        added = f'"text":{_quoted(text)}'
+        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
 
     def of_content(
         self, index: int, content: str | None, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds content to a chat message; None adds nothing."""
-        delta = "{}" if content is None else f'{{"content":{_encode(content)}}}'
-        return self._chunk(index, f'"delta":{delta}', logprobs, finish)
+        added = '"delta":{}' if content is None else f'"delta":{{"content":{_quoted(content)}}}'
+        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
 
     def of_nothing(self) -> str:
         """Return the event without a choice, which ends a stream with its usage."""
         return f"{self._head}{self._tail}"
 
-    def _chunk(
-        self, index: int, added: str, logprobs: Json | None, finish: FinishReason | None
-    ) -> str:
-        shown = "null" if logprobs is None else _encode(logprobs)
-        choice = f'{{"index":{index},{added},"logprobs":{shown},"finish_reason":{_FINISH[finish]}}}'
-        return f"{self._head}{choice}{self._tail}"
+
+def _rest(logprobs: Json | None, finish: FinishReason | None) -> str:
+    """Return how a choice ends."""
+    if logprobs is None:
+        return _WITHOUT_LOGPROBS[finish]
+    return f',"logprobs":{_encode(logprobs)},"finish_reason":{_FINISH[finish]}}}'
 
 
 async def chunk_events(
@@ -66,6 +71,7 @@ async def chunk_events(
     options: StreamOptions | None,
     chunks_with: Callable[[Json], Chunks],
     event_of: Callable[[Chunks, Delta], str],
+    first: Sequence[bytes] = (),
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a generation's pieces, those that came together at once, and usage if the
     client wants it.
@@ -75,9 +81,12 @@ async def chunk_events(
         drafts: how many choices share a prompt.
         chunks_with: what makes the events of chunks that hold these fields, `usage` or none.
         event_of: the event of one piece.
+        first: events that come before all of them.
     """
     with_usage = options is not None and options.include_usage
     continuous = options is not None and with_usage and options.continuous_usage_stats
+    for event in first:
+        yield event
     chunks = chunks_with({"usage": None} if with_usage else {})
     async with aclosing(generation.deltas()) as pieces:
         async for deltas in pieces:

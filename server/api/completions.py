@@ -190,8 +190,10 @@ def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
 
 
 def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
+    with_logprobs = call.body.logprobs is not None
+
     def event_of(chunks: Chunks, delta: Delta) -> str:
-        logprobs = _logprobs(call, delta.shown)
+        logprobs = _logprobs(call, delta.shown) if with_logprobs else None
         return chunks.of_text(delta.choice, delta.text, logprobs, delta.finish)
 
     return chunk_events(
