@@ -10,11 +10,10 @@ the whole object would give.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from json.encoder import encode_basestring as _quoted
 
-from server.api.answers import Json
+from server.api.answers import Json, Write
 from server.api.generation import Delta, Generation
 from server.api.schema import StreamOptions
 from server.api.usage import Usage
@@ -64,7 +63,8 @@ def _rest(logprobs: Json | None, finish: FinishReason | None) -> str:
     return f',"logprobs":{_encode(logprobs)},"finish_reason":{_FINISH[finish]}}}'
 
 
-async def chunk_events(
+async def write_chunks(
+    write: Write,
     generation: Generation,
     usage: Usage,
     drafts: int,
@@ -72,31 +72,39 @@ async def chunk_events(
     chunks_with: Callable[[Json], Chunks],
     event_of: Callable[[Chunks, Delta], str],
     first: Sequence[bytes] = (),
-) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a generation's pieces, those that came together at once, and usage if the
+) -> None:
+    """Write the events of a generation's pieces, those that came together at once, and usage if the
     client wants it.
 
     Args:
+        write: sends a piece to the client.
         usage: of the prompt; what is generated is added to it.
         drafts: how many choices share a prompt.
         chunks_with: what makes the events of chunks that hold these fields, `usage` or none.
         event_of: the event of one piece.
         first: events that come before all of them.
+
+    Raises:
+        ApiError: 500 or 503, a choice ended too early.
     """
     with_usage = options is not None and options.include_usage
     continuous = options is not None and with_usage and options.continuous_usage_stats
-    for event in first:
-        yield event
     chunks = chunks_with({"usage": None} if with_usage else {})
-    async with aclosing(generation.deltas()) as pieces:
-        async for deltas in pieces:
+    with generation:
+        for event in first:
+            await write(event)
+        while generation.goes_on:
+            deltas = generation.take()
+            if not deltas:
+                await generation.arrival
+                continue
             events = []
             for delta in deltas:
                 usage.completion_tokens += delta.generated
                 if continuous:
                     chunks = chunks_with({"usage": usage.json()})
                 events.append(event_of(chunks, delta))
-            yield "".join(events).encode()
+            await write("".join(events).encode())
     if with_usage:
         usage.cached_tokens = generation.cached_tokens(drafts)
-        yield chunks_with({"usage": usage.json()}).of_nothing().encode()
+        await write(chunks_with({"usage": usage.json()}).of_nothing().encode())

@@ -1,9 +1,9 @@
 """The choices of one HTTP request while they are generated: engine events to pieces of text.
 
-    engine thread --mailbox--> event loop: metrics, inbox --> Generation.deltas() --> JSON or SSE
+    engine thread --mailbox--> event loop: metrics, inbox --> Generation.take() --> JSON or SSE
 
-Whoever stops reading `deltas()`, for whatever reason, thereby aborts the choices that have not
-ended: a client that disconnects frees its pages before the next step.
+A generation is read `with` it. Whoever stops reading, for whatever reason, thereby aborts the
+choices that have not ended: a client that disconnects frees its pages before the next step.
 """
 
 from __future__ import annotations
@@ -196,13 +196,15 @@ class Generation:
         """
         self._service = service
         self._inbox = _Inbox(service.metrics, variant, [len(spec.prompt) for spec in specs])
-        self._arrival = Arrival()
+        self.arrival = Arrival()
+        """What to await when nothing is there to take."""
         self._choices = [
             _Choice(i, spec, TextStream(service.vocabulary), StopStrings(spec.stops))
             for i, spec in enumerate(specs)
         ]
         self._open = len(specs)
         """Choices that have not ended."""
+        self._failure: ApiError | None = None
         arrived = time.monotonic()
         self._requests = [
             Request(
@@ -210,7 +212,7 @@ class Generation:
                 prompt=spec.prompt,
                 variant=variant,
                 params=spec.params,
-                sink=service.mailbox.sink(partial(self._inbox.receive, i), self._arrival),
+                sink=service.mailbox.sink(partial(self._inbox.receive, i), self.arrival),
                 arrived=arrived,
             )
             for i, spec in enumerate(specs)
@@ -225,42 +227,53 @@ class Generation:
         cached = [choice.cached_tokens for choice in self._choices]
         return sum(min(cached[at : at + drafts]) for at in range(0, len(cached), drafts))
 
-    async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
-        """Yield the pieces of all choices as they come, those that came together at once, until
-        every choice has ended.
+    def __enter__(self) -> None:
+        """Begin to read."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading, and abort what has not ended."""
+        for choice, request in zip(self._choices, self._requests, strict=True):
+            if not choice.ended:
+                self._service.engine.abort(request.id)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether something is still to be taken."""
+        return self._open > 0 or self._failure is not None
+
+    def take(self) -> Sequence[Delta]:
+        """Return the pieces of all choices that came since the last time.
 
         Raises:
-            ApiError: 500 when the engine could not compute a choice.
+            ApiError: 500 or 503, a choice ended too early, and all that came before was taken.
         """
-        try:
-            while self._open:
-                events = self._inbox.take()
-                if not events:
-                    await self._arrival
-                    continue
-                found: list[Delta] = []
-                failure = self._take(events, found)
-                if found:
-                    yield found
-                if failure is not None:
-                    raise failure
-        finally:
-            self._abort_open()
-
-    def _take(self, events: Sequence[tuple[int, Event]], deltas: list[Delta]) -> ApiError | None:
-        """Append what events add to the choices; return what ended one of them too early."""
-        for index, event in events:
+        if self._failure is not None:
+            raise self._failure
+        found: list[Delta] = []
+        for index, event in self._inbox.take():
             choice = self._choices[index]
             if isinstance(event, Ended):
                 choice.ended = True
                 self._open -= 1
                 if failure := _failure(event):
-                    return failure
+                    self._failure = failure
+                    break
             was_over = choice.finish is not None
-            choice.take(event, self._service.vocabulary, deltas)
+            choice.take(event, self._service.vocabulary, found)
             if choice.finish is FinishReason.STOP and not was_over and not choice.ended:
                 self._service.engine.abort(self._requests[index].id, FinishReason.STOP)
-        return None
+        if self._failure is not None and not found:
+            raise self._failure
+        return found
+
+    async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
+        """Yield what `take` returns, as it comes, until every choice has ended."""
+        with self:
+            while self.goes_on:
+                if found := self.take():
+                    yield found
+                else:
+                    await self.arrival
 
     def _submit(self) -> None:
         service = self._service
@@ -276,11 +289,6 @@ class Generation:
             raise queue_full(str(error)) from error
         except EngineDeadError as error:
             raise unavailable(str(error), "engine_dead") from error
-
-    def _abort_open(self) -> None:
-        for choice, request in zip(self._choices, self._requests, strict=True):
-            if not choice.ended:
-                self._service.engine.abort(request.id)
 
 
 def _failure(end: Ended) -> ApiError | None:

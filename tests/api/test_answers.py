@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from fastapi import APIRouter
 
-from server.api.answers import EventStream
+from server.api.answers import EventStream, Write
 from server.api.front import Front
 from server.app import create_app
 from server.lifecycle import bind
@@ -35,13 +35,13 @@ class Streamer:
         self.router.add_api_route("/stream", self._stream)
 
     async def _stream(self) -> EventStream:
-        return EventStream(self._pieces(), {})
+        return EventStream(self._write, {})
 
-    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+    async def _write(self, write: Write) -> None:
         try:
             while True:
                 self.taken += 1
-                yield PIECE
+                await write(PIECE)
                 await asyncio.sleep(0)
         finally:
             self.ended = True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from functools import partial
@@ -14,11 +15,13 @@ from typing import Any, cast
 import pytest
 
 from pruning.loading import BaseModel
-from server.api.answers import EventStream
+from server.api.answers import EventStream, Write
+from server.api.chunks import Chunks, write_chunks
 from server.api.errors import ApiError
 from server.api.generation import ChoiceSpec, Delta, Generation
 from server.api.mailbox import Arrival, Mailbox
 from server.api.service import Service
+from server.api.usage import Usage
 from server.engine.detokenize import Vocabulary
 from server.engine.request import (
     Ended,
@@ -48,6 +51,11 @@ def on_a_thread(work: Callable[[], None]) -> None:
 
 def put_in(sinks: Sequence[Sink], event: Event) -> None:
     for sink in sinks:
+        sink.put(event)
+
+
+def put_all(sink: Sink, what: Sequence[Event]) -> None:
+    for event in what:
         sink.put(event)
 
 
@@ -402,6 +410,44 @@ class TestGeneration:
 
         assert asyncio.run(work()) == [[300], [301, 302, 303], []]
 
+    def test_deltas_and_writes_are_the_same_pieces(self, base: BaseModel) -> None:
+        numbers = base.tokenizer(" one two three")["input_ids"]
+        steps: list[list[Event]] = [[token(number)] for number in numbers[:-2]]
+        steps.append([token(numbers[-2]), token(numbers[-1], FinishReason.LENGTH)])
+        steps[-1].append(Ended(FinishReason.LENGTH, TIMELINE))
+
+        async def work(read: Callable[[Generation, list[Any]], Coroutine[Any, Any, None]]) -> Any:
+            engine, found = SubmittedEngine(), list[Any]()
+            reading = asyncio.create_task(read(generation_of(engine, base), found))
+            for step in steps:
+                await asyncio.sleep(0.01)
+                on_a_thread(partial(put_all, engine.sinks[0], step))
+            await reading
+            return found
+
+        async def from_deltas(generation: Generation, found: list[Any]) -> None:
+            async for deltas in generation.deltas():
+                found.append([delta.text for delta in deltas])
+
+        async def from_writes(generation: Generation, found: list[Any]) -> None:
+            async def write(piece: bytes) -> None:
+                pieces = [json.loads(event[6:]) for event in piece.split(b"\n\n")[:-1]]
+                found.append([piece["choices"][0]["text"] for piece in pieces])
+
+            await write_chunks(
+                write,
+                generation,
+                Usage(1, 0),
+                1,
+                None,
+                lambda fields: Chunks({"id": "a", **fields}),
+                lambda chunks, delta: chunks.of_text(0, delta.text, None, delta.finish),
+            )
+
+        written = asyncio.run(work(from_writes))
+        assert written == asyncio.run(work(from_deltas))
+        assert [len(texts) for texts in written] == [1, 3]
+
     def test_who_stops_reading_while_nothing_comes_aborts(self, base: BaseModel) -> None:
         async def work() -> SubmittedEngine:
             engine = SubmittedEngine()
@@ -426,9 +472,9 @@ class TestGeneration:
 def test_a_piece_of_several_events_is_sent_as_it_is() -> None:
     sent: list[dict[str, Any]] = []
 
-    async def pieces() -> AsyncGenerator[bytes, None]:
-        yield b'data: {"a":1}\n\ndata: {"a":2}\n\n'
-        yield b'data: {"a":3}\n\n'
+    async def write_events(write: Write) -> None:
+        await write(b'data: {"a":1}\n\ndata: {"a":2}\n\n')
+        await write(b'data: {"a":3}\n\n')
 
     async def send(message: Any) -> None:
         sent.append(dict(message))
@@ -436,7 +482,7 @@ def test_a_piece_of_several_events_is_sent_as_it_is() -> None:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    asyncio.run(EventStream(pieces(), {})({"type": "http"}, receive, send))
+    asyncio.run(EventStream(write_events, {})({"type": "http"}, receive, send))
     bodies = [message["body"] for message in sent[1:]]
     assert [body.count(b"data: ") for body in bodies] == [2, 1, 1, 0]
     assert events(b"".join(bodies)) == [{"a": 1}, {"a": 2}, {"a": 3}]
