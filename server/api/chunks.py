@@ -94,17 +94,16 @@ async def write_chunks(
         for event in first:
             await write(event)
         while generation.goes_on:
-            deltas = generation.take()
-            if not deltas:
-                await generation.arrival
-                continue
             events = []
-            for delta in deltas:
+            for delta in generation.take():
                 usage.completion_tokens += delta.generated
                 if continuous:
                     chunks = chunks_with({"usage": usage.json()})
                 events.append(event_of(chunks, delta))
-            await write("".join(events).encode())
+            if events:
+                await write("".join(events).encode())
+            elif generation.goes_on:
+                await generation.arrival
     if with_usage:
         usage.cached_tokens = generation.cached_tokens(drafts)
         await write(chunks_with({"usage": usage.json()}).of_nothing().encode())

@@ -197,7 +197,7 @@ class Generation:
         self._service = service
         self._inbox = _Inbox(service.metrics, variant, [len(spec.prompt) for spec in specs])
         self.arrival = Arrival()
-        """What to await when nothing is there to take."""
+        """What to await when nothing was there to take and it goes on."""
         self._choices = [
             _Choice(i, spec, TextStream(service.vocabulary), StopStrings(spec.stops))
             for i, spec in enumerate(specs)
@@ -272,7 +272,7 @@ class Generation:
             while self.goes_on:
                 if found := self.take():
                     yield found
-                else:
+                elif self.goes_on:
                     await self.arrival
 
     def _submit(self) -> None:

@@ -410,19 +410,23 @@ class TestGeneration:
 
         assert asyncio.run(work()) == [[300], [301, 302, 303], []]
 
-    def test_deltas_and_writes_are_the_same_pieces(self, base: BaseModel) -> None:
-        numbers = base.tokenizer(" one two three")["input_ids"]
-        steps: list[list[Event]] = [[token(number)] for number in numbers[:-2]]
-        steps.append([token(numbers[-2]), token(numbers[-1], FinishReason.LENGTH)])
-        steps[-1].append(Ended(FinishReason.LENGTH, TIMELINE))
+    @pytest.mark.parametrize("stops", [(), ("three",)])
+    def test_deltas_and_writes_are_the_same_pieces(
+        self, base: BaseModel, stops: tuple[str, ...]
+    ) -> None:
+        one, two, three = map(token, base.tokenizer(" one two three")["input_ids"])
+        end = Ended(FinishReason.STOP if stops else FinishReason.LENGTH, TIMELINE)
+        last = three if stops else three._replace(finish=FinishReason.LENGTH)
+        steps: list[list[Event]] = [[one], [two, last], [end]]
 
         async def work(read: Callable[[Generation, list[Any]], Coroutine[Any, Any, None]]) -> Any:
             engine, found = SubmittedEngine(), list[Any]()
-            reading = asyncio.create_task(read(generation_of(engine, base), found))
+            reading = asyncio.create_task(read(generation_of(engine, base, stops=stops), found))
             for step in steps:
                 await asyncio.sleep(0.01)
                 on_a_thread(partial(put_all, engine.sinks[0], step))
-            await reading
+            await asyncio.wait_for(reading, 10)
+            assert engine.aborted == [("r-0", FinishReason.STOP)] * len(stops)
             return found
 
         async def from_deltas(generation: Generation, found: list[Any]) -> None:
@@ -446,7 +450,7 @@ class TestGeneration:
 
         written = asyncio.run(work(from_writes))
         assert written == asyncio.run(work(from_deltas))
-        assert [len(texts) for texts in written] == [1, 3]
+        assert written == [[" one"], [" two", " " if stops else " three"]]
 
     def test_who_stops_reading_while_nothing_comes_aborts(self, base: BaseModel) -> None:
         async def work() -> SubmittedEngine:
