@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.answers import ClientLeftError
+from server.api.answers import SEND_BODY, ClientLeftError
 from server.api.errors import ApiError, install_handlers, too_large, unauthorized
 from server.api.front import VARIANT_HEADER, Front
 
@@ -96,7 +96,7 @@ class _RequestId:
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update({"request_id": request_id, SEND_BODY: send})
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

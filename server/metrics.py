@@ -12,7 +12,9 @@ bytes, tokens) and no colons, which are reserved for recording rules.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import Lock
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import (
@@ -46,6 +48,46 @@ _Labels = tuple[str, str]
 """The values of `model_name` and `variant`."""
 
 
+class _Histogram(Histogram):
+    """A histogram that can be told at once of a value that was seen several times."""
+
+    def observe_times(self, amount: float, times: int) -> None:
+        """Do what `observe(amount)` does, so many times."""
+        self._sum.inc(amount * times)
+        self._buckets[bisect_left(self._upper_bounds, amount)].inc(times)
+
+
+class _Gaps:
+    """Inter-token latencies of one variant, observed together as long as they are the same.
+
+    Those of one step are, for all requests that ran in the step before it, too.
+    """
+
+    def __init__(self, histogram: _Histogram) -> None:
+        self._histogram = histogram
+        self._lock = Lock()
+        self._seconds = 0.0
+        self._times = 0
+        """How often `_seconds` was seen and not observed yet."""
+
+    def add(self, seconds: float) -> None:
+        with self._lock:
+            if seconds != self._seconds:
+                self._observe()
+                self._seconds = seconds
+            self._times += 1
+
+    def flush(self) -> None:
+        """Observe what was not yet."""
+        with self._lock:
+            self._observe()
+
+    def _observe(self) -> None:
+        if self._times:
+            self._histogram.observe_times(self._seconds, self._times)
+            self._times = 0
+
+
 class RequestMetrics:
     """What requests experienced, and whatever else `collectors` tell.
 
@@ -68,8 +110,10 @@ class RequestMetrics:
 
     def token_emitted(self, variant: str, seconds_since_previous: float) -> None:
         """Count one token after a request's first, and the seconds since the token before it."""
-        _require("variant", variant, self._labels)
-        self._inter_token_of[variant].observe(seconds_since_previous)
+        gaps = self._gaps_of.get(variant)
+        if gaps is None:
+            raise _unknown("variant", variant, self._labels)
+        gaps.add(seconds_since_previous)
 
     def finished(
         self,
@@ -96,6 +140,8 @@ class RequestMetrics:
 
     def render(self, accept: str | None = None) -> tuple[bytes, str]:
         """The body and its content type; OpenMetrics when the Accept header asks for it."""
+        for gaps in self._gaps_of.values():
+            gaps.flush()
         encode, content_type = choose_encoder(accept or "")
         return encode(self._registry), content_type
 
@@ -177,8 +223,8 @@ class RequestMetrics:
             ("model_name", "reason"),
         )
 
-    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float]) -> _Histogram:
+        return _Histogram(
             f"attndrop_{name}",
             help_text,
             ("model_name", "variant"),
@@ -210,8 +256,9 @@ class RequestMetrics:
                 self._requests_finished.labels(*labels, reason)
         for reason in REFUSAL_REASONS:
             self._requests_refused.labels(self._model_name, reason)
-        self._inter_token_of = {
-            variant: self._inter_token.labels(*labels) for variant, labels in self._labels.items()
+        self._gaps_of = {
+            variant: _Gaps(self._inter_token.labels(*labels))
+            for variant, labels in self._labels.items()
         }
 
 
@@ -458,4 +505,8 @@ def _utilization(stats: EngineStats) -> float:
 def _require(what: str, given: str, allowed: Iterable[str]) -> None:
     """Keep labels bounded: an unknown value is the caller's mistake, never a new series."""
     if given not in allowed:
-        raise ValueError(f"unknown {what} {given!r}; use one of {', '.join(allowed)}")
+        raise _unknown(what, given, allowed)
+
+
+def _unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
+    return ValueError(f"unknown {what} {given!r}; use one of {', '.join(allowed)}")

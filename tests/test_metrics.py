@@ -166,6 +166,27 @@ def test_inter_token_latency_resolves_one_and_two_milliseconds() -> None:
     assert buckets == [1, 2, 3, 3]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [[0.001] * 3, [0.001, 0.0300001, 9.0, 9.0], [0.0, *[0.0300001] * 500, 0.025, 0.0300001]],
+)
+def test_equal_latencies_count_as_often_as_they_come(values: list[float]) -> None:
+    metrics = build()
+    for seconds in values:
+        metrics.token_emitted("full", seconds)
+        metrics.token_emitted("pruned", 0.2)
+    seen = samples(metrics)
+    for le, bound in (("0.001", 0.001), ("0.025", 0.025), ("0.05", 0.05), ("+Inf", float("inf"))):
+        bucket = seen[key("inter_token_latency_seconds_bucket", variant="full", le=le)]
+        assert bucket == sum(seconds <= bound for seconds in values)
+    assert seen[key("inter_token_latency_seconds_sum", variant="full")] == pytest.approx(
+        sum(values)
+    )
+    assert seen[key("inter_token_latency_seconds_count", variant="pruned")] == len(values)
+    again = samples(metrics)
+    assert again[key("inter_token_latency_seconds_count", variant="full")] == len(values)
+
+
 def test_refused_requests_are_counted_by_reason() -> None:
     metrics = build()
     metrics.refused("queue_full")

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -20,6 +19,14 @@ from server.api.errors import ApiError
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
+Write = Callable[[bytes], Awaitable[None]]
+"""Sends a piece of a body; waits as long as the client has too much to read already."""
+WriteEvents = Callable[[Write], Awaitable[None]]
+"""Writes all events of a stream, but for the last. An ApiError becomes one."""
+
+SEND_BODY = "send_body"
+"""Where a request's state holds the `send` of the server itself: middleware looks at how an answer
+starts, and would only hand on each piece that follows."""
 
 
 class ClientLeftError(Exception):
@@ -44,20 +51,20 @@ async def unless_client_leaves(request: Request, answer: Coroutine[Any, Any, T])
 
 
 class EventStream(Response):
-    """Server-sent events: each piece that comes is one or several of them, and leaves at once."""
+    """Server-sent events, as they are written: each piece is one or several of them."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: WriteEvents, headers: Mapping[str, str]) -> None:
         super().__init__(
             headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         del self.headers["content-length"]
-        self._events = events
+        self._write_events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = asyncio.create_task(self._send_events(send))
+        body = asyncio.create_task(self._send_body(scope.get("state", {}).get(SEND_BODY, send)))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({body, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -66,15 +73,16 @@ class EventStream(Response):
         finally:
             await _cancel(body, gone)
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_body(self, send: Send) -> None:
+        def write(piece: bytes) -> Awaitable[None]:
+            return send({"type": "http.response.body", "body": piece, "more_body": True})
+
         try:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    await send(_more(event))
+            await self._write_events(write)
         except ApiError as error:
-            await send(_more(json_event(error.body)))
+            await write(json_event(error.body))
         else:
-            await send(_more(raw_event(b"[DONE]")))
+            await write(raw_event(b"[DONE]"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -87,10 +95,6 @@ def json_event(value: Json) -> bytes:
 def raw_event(data: bytes) -> bytes:
     """Return the server-sent event of data that has no line breaks."""
     return b"data: " + data + b"\n\n"
-
-
-def _more(body: bytes) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": body, "more_body": True}
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +13,14 @@ import jinja2
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import EventStream, Json, json_event, unless_client_leaves
-from server.api.chunks import Chunks, chunk_events
+from server.api.answers import (
+    EventStream,
+    Json,
+    WriteEvents,
+    json_event,
+    unless_client_leaves,
+)
+from server.api.chunks import Chunks, write_chunks
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Delta, Generation, Shown
@@ -134,21 +139,24 @@ async def _collect(call: _Call, generation: Generation) -> Json:
     }
 
 
-async def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
+def _events(call: _Call, generation: Generation) -> WriteEvents:
     options, count = call.body.stream_options, call.body.n or 1
     header = call.header("chat.completion.chunk")
     first = {**header, "usage": None} if options is not None and options.include_usage else header
-    for index in range(count):
-        yield json_event({**first, "choices": [_speaker(index)]})
 
     def chunks_with(fields: Json) -> Chunks:
         return Chunks({**header, **fields})
 
-    usage, event_of = Usage(len(call.prompt), 0), partial(_event, call)
-    events = chunk_events(generation, usage, count, options, chunks_with, event_of)
-    async with aclosing(events):
-        async for event in events:
-            yield event
+    return partial(
+        write_chunks,
+        generation=generation,
+        usage=Usage(len(call.prompt), 0),
+        drafts=count,
+        options=options,
+        chunks_with=chunks_with,
+        event_of=partial(_event, call),
+        first=[json_event({**first, "choices": [_speaker(index)]}) for index in range(count)],
+    )
 
 
 def _speaker(index: int) -> dict[str, Any]:

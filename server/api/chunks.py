@@ -10,10 +10,10 @@ the whole object would give.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
+from json.encoder import encode_basestring as _quoted
 
-from server.api.answers import Json
+from server.api.answers import Json, Write
 from server.api.generation import Delta, Generation
 from server.api.schema import StreamOptions
 from server.api.usage import Usage
@@ -23,6 +23,9 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 _FINISH: dict[FinishReason | None, str] = {
     None: "null",
     **{reason: _encode(reason.value) for reason in FinishReason},
+}
+_WITHOUT_LOGPROBS = {
+    finish: f',"logprobs":null,"finish_reason":{told}}}' for finish, told in _FINISH.items()
 }
 
 
@@ -38,56 +41,69 @@ class Chunks:
         self, index: int, text: str, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds text to a completion."""
-        return self._chunk(index, f'"text":{_encode(text)}', logprobs, finish)
+        added = f'"text":{_quoted(text)}'
+        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
 
     def of_content(
         self, index: int, content: str | None, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds content to a chat message; None adds nothing."""
-        delta = "{}" if content is None else f'{{"content":{_encode(content)}}}'
-        return self._chunk(index, f'"delta":{delta}', logprobs, finish)
+        added = '"delta":{}' if content is None else f'"delta":{{"content":{_quoted(content)}}}'
+        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
 
     def of_nothing(self) -> str:
         """Return the event without a choice, which ends a stream with its usage."""
         return f"{self._head}{self._tail}"
 
-    def _chunk(
-        self, index: int, added: str, logprobs: Json | None, finish: FinishReason | None
-    ) -> str:
-        shown = "null" if logprobs is None else _encode(logprobs)
-        choice = f'{{"index":{index},{added},"logprobs":{shown},"finish_reason":{_FINISH[finish]}}}'
-        return f"{self._head}{choice}{self._tail}"
+
+def _rest(logprobs: Json | None, finish: FinishReason | None) -> str:
+    """Return how a choice ends."""
+    if logprobs is None:
+        return _WITHOUT_LOGPROBS[finish]
+    return f',"logprobs":{_encode(logprobs)},"finish_reason":{_FINISH[finish]}}}'
 
 
-async def chunk_events(
+async def write_chunks(
+    write: Write,
     generation: Generation,
     usage: Usage,
     drafts: int,
     options: StreamOptions | None,
     chunks_with: Callable[[Json], Chunks],
     event_of: Callable[[Chunks, Delta], str],
-) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a generation's pieces, those that came together at once, and usage if the
+    first: Sequence[bytes] = (),
+) -> None:
+    """Write the events of a generation's pieces, those that came together at once, and usage if the
     client wants it.
 
     Args:
+        write: sends a piece to the client.
         usage: of the prompt; what is generated is added to it.
         drafts: how many choices share a prompt.
         chunks_with: what makes the events of chunks that hold these fields, `usage` or none.
         event_of: the event of one piece.
+        first: events that come before all of them.
+
+    Raises:
+        ApiError: 500 or 503, a choice ended too early.
     """
     with_usage = options is not None and options.include_usage
     continuous = options is not None and with_usage and options.continuous_usage_stats
     chunks = chunks_with({"usage": None} if with_usage else {})
-    async with aclosing(generation.deltas()) as pieces:
-        async for deltas in pieces:
+    with generation:
+        for event in first:
+            await write(event)
+        while generation.goes_on:
             events = []
-            for delta in deltas:
+            for delta in generation.take():
                 usage.completion_tokens += delta.generated
                 if continuous:
                     chunks = chunks_with({"usage": usage.json()})
                 events.append(event_of(chunks, delta))
-            yield "".join(events).encode()
+            if events:
+                await write("".join(events).encode())
+            elif generation.goes_on:
+                await generation.arrival
     if with_usage:
         usage.cached_tokens = generation.cached_tokens(drafts)
-        yield chunks_with({"usage": usage.json()}).of_nothing().encode()
+        await write(chunks_with({"usage": usage.json()}).of_nothing().encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -12,8 +12,8 @@ from typing import Any, cast
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import EventStream, Json, unless_client_leaves
-from server.api.chunks import Chunks, chunk_events
+from server.api.answers import EventStream, Json, WriteEvents, unless_client_leaves
+from server.api.chunks import Chunks, write_chunks
 from server.api.errors import bad_request
 from server.api.front import VARIANT_HEADER
 from server.api.generation import ChoiceSpec, Delta, Generation, Shown
@@ -189,18 +189,21 @@ def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
     return kept
 
 
-def _events(call: _Call, generation: Generation) -> AsyncGenerator[bytes, None]:
+def _events(call: _Call, generation: Generation) -> WriteEvents:
+    with_logprobs = call.body.logprobs is not None
+
     def event_of(chunks: Chunks, delta: Delta) -> str:
-        logprobs = _logprobs(call, delta.shown)
+        logprobs = _logprobs(call, delta.shown) if with_logprobs else None
         return chunks.of_text(delta.choice, delta.text, logprobs, delta.finish)
 
-    return chunk_events(
-        generation,
-        Usage(call.prompt_tokens, 0),
-        call.body.drafts,
-        call.body.stream_options,
-        partial(Chunks, call.header()),
-        event_of,
+    return partial(
+        write_chunks,
+        generation=generation,
+        usage=Usage(call.prompt_tokens, 0),
+        drafts=call.body.drafts,
+        options=call.body.stream_options,
+        chunks_with=partial(Chunks, call.header()),
+        event_of=event_of,
     )
 
 

@@ -1,14 +1,13 @@
 """The choices of one HTTP request while they are generated: engine events to pieces of text.
 
-    engine thread --mailbox--> event loop: metrics, inbox --> Generation.deltas() --> JSON or SSE
+    engine thread --mailbox--> event loop: metrics, inbox --> Generation.take() --> JSON or SSE
 
-Whoever stops reading `deltas()`, for whatever reason, thereby aborts the choices that have not
-ended: a client that disconnects frees its pages before the next step.
+A generation is read `with` it. Whoever stops reading, for whatever reason, thereby aborts the
+choices that have not ended: a client that disconnects frees its pages before the next step.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from server.api.errors import ApiError, bad_request, generation_failed, queue_full, unavailable
+from server.api.mailbox import Arrival
 from server.api.service import Service
 from server.engine.detokenize import StopStrings, TextStream, Vocabulary
 from server.engine.engine import EngineDeadError, QueueFullError, TooLongError
@@ -79,7 +79,7 @@ class _Choice:
     finish: FinishReason | None = None
     """Set by the last delta; tokens that the engine computed beyond it are not shown."""
     ended: bool = False
-    """Whether the engine has let go of it."""
+    """Whether the engine has let go of it, and that has been seen here."""
     cached_tokens: int = 0
     """Set at the end: prompt tokens that were not computed for it."""
 
@@ -94,7 +94,6 @@ class _Choice:
             if self.finish is None:
                 deltas.append(self._token(event))
         else:
-            self.ended = True
             self.cached_tokens = event.cached_tokens
             if self.finish is None:
                 self.finish = event.reason
@@ -111,17 +110,18 @@ class _Choice:
         return Delta(self.index, self.spec.echo, tuple(Shown(*entry) for entry in entries), 0)
 
     def _token(self, event: TokenEvent) -> Delta:
-        ends = event.finish is FinishReason.STOP  # like a stop string, a stop token is not shown
-        new = "" if ends else self.stream.push(event.token)
-        matched = self.stops.push(new)
-        text, self.finish = matched.text, event.finish
-        if matched.stopped:
-            self.finish = FinishReason.STOP
-        elif self.finish is not None:
+        token, logprobs, _, finish = event
+        ends = finish is FinishReason.STOP  # like a stop string, a stop token is not shown
+        new = "" if ends else self.stream.push(token)
+        text, stopped = self.stops.push(new)
+        if stopped:
+            finish = FinishReason.STOP
+        elif finish is not None:
             text += self._rest()
-        shown = Shown(event.token, event.logprobs, self.characters)
+        self.finish = finish
+        shown = Shown(token, logprobs, self.characters)
         self.characters += len(new)
-        return Delta(self.index, text, (shown,), 1, self.finish)
+        return Delta(self.index, text, (shown,), 1, finish)
 
     def _rest(self) -> str:
         """Return the text that was held back until it was known that no more follows."""
@@ -154,26 +154,19 @@ class _Inbox:
 
     def __init__(self, metrics: RequestMetrics, variant: str, prompt_tokens: Sequence[int]) -> None:
         self._events: list[tuple[int, Event]] = []
-        self._arrival: asyncio.Future[None] | None = None
-        """What the reader waits for, if it waits."""
         self._metrics = metrics
         self._variant = variant
         self._prompt_tokens = prompt_tokens
         self._generated = [0] * len(prompt_tokens)
         self._latest: list[float | None] = [None] * len(prompt_tokens)
 
-    async def take(self) -> list[tuple[int, Event]]:
-        """Return the events that came since the last time, at least one."""
-        if not self._events:
-            self._arrival = asyncio.get_running_loop().create_future()
-            await self._arrival
+    def take(self) -> list[tuple[int, Event]]:
+        """Return the events that came since the last time."""
         events, self._events = self._events, []
         return events
 
     def receive(self, index: int, event: Event) -> None:
         self._events.append((index, event))
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
         if isinstance(event, TokenEvent):
             self._generated[index] += 1
             latest = self._latest[index]
@@ -203,10 +196,15 @@ class Generation:
         """
         self._service = service
         self._inbox = _Inbox(service.metrics, variant, [len(spec.prompt) for spec in specs])
+        self.arrival = Arrival()
+        """What to await when nothing was there to take and it goes on."""
         self._choices = [
             _Choice(i, spec, TextStream(service.vocabulary), StopStrings(spec.stops))
             for i, spec in enumerate(specs)
         ]
+        self._open = len(specs)
+        """Choices that have not ended."""
+        self._failure: ApiError | None = None
         arrived = time.monotonic()
         self._requests = [
             Request(
@@ -214,7 +212,7 @@ class Generation:
                 prompt=spec.prompt,
                 variant=variant,
                 params=spec.params,
-                sink=service.mailbox.sink(partial(self._inbox.receive, i)),
+                sink=service.mailbox.sink(partial(self._inbox.receive, i), self.arrival),
                 arrived=arrived,
             )
             for i, spec in enumerate(specs)
@@ -229,37 +227,53 @@ class Generation:
         cached = [choice.cached_tokens for choice in self._choices]
         return sum(min(cached[at : at + drafts]) for at in range(0, len(cached), drafts))
 
-    async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
-        """Yield the pieces of all choices as they come, those that came together at once, until
-        every choice has ended.
+    def __enter__(self) -> None:
+        """Begin to read."""
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading, and abort what has not ended."""
+        for choice, request in zip(self._choices, self._requests, strict=True):
+            if not choice.ended:
+                self._service.engine.abort(request.id)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether something is still to be taken."""
+        return self._open > 0 or self._failure is not None
+
+    def take(self) -> Sequence[Delta]:
+        """Return the pieces of all choices that came since the last time.
 
         Raises:
-            ApiError: 500 when the engine could not compute a choice.
+            ApiError: 500 or 503, a choice ended too early, and all that came before was taken.
         """
-        try:
-            while not all(choice.ended for choice in self._choices):
-                found: list[Delta] = []
-                failure = self._take(await self._inbox.take(), found)
-                if found:
-                    yield found
-                if failure is not None:
-                    raise failure
-        finally:
-            self._abort_open()
-
-    def _take(self, events: Sequence[tuple[int, Event]], deltas: list[Delta]) -> ApiError | None:
-        """Append what events add to the choices; return what ended one of them too early."""
-        for index, event in events:
+        if self._failure is not None:
+            raise self._failure
+        found: list[Delta] = []
+        for index, event in self._inbox.take():
             choice = self._choices[index]
-            if isinstance(event, Ended) and (failure := _failure(event)):
+            if isinstance(event, Ended):
                 choice.ended = True
-                return failure
+                self._open -= 1
+                if failure := _failure(event):
+                    self._failure = failure
+                    break
             was_over = choice.finish is not None
-            choice.take(event, self._service.vocabulary, deltas)
-            stopped = choice.finish is FinishReason.STOP and isinstance(event, TokenEvent)
-            if stopped and not was_over:
+            choice.take(event, self._service.vocabulary, found)
+            if choice.finish is FinishReason.STOP and not was_over and not choice.ended:
                 self._service.engine.abort(self._requests[index].id, FinishReason.STOP)
-        return None
+        if self._failure is not None and not found:
+            raise self._failure
+        return found
+
+    async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
+        """Yield what `take` returns, as it comes, until every choice has ended."""
+        with self:
+            while self.goes_on:
+                if found := self.take():
+                    yield found
+                elif self.goes_on:
+                    await self.arrival
 
     def _submit(self) -> None:
         service = self._service
@@ -275,11 +289,6 @@ class Generation:
             raise queue_full(str(error)) from error
         except EngineDeadError as error:
             raise unavailable(str(error), "engine_dead") from error
-
-    def _abort_open(self) -> None:
-        for choice, request in zip(self._choices, self._requests, strict=True):
-            if not choice.ended:
-                self._service.engine.abort(request.id)
 
 
 def _failure(end: Ended) -> ApiError | None:

@@ -12,8 +12,8 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -40,6 +40,7 @@ class Vocabulary:
         self._alphabet = {char: byte for byte, char in _gpt2_bytes().items()}
         self.token_bytes = cache(self._token_bytes)
         self.token_text = cache(self._token_text)
+        self.whole_text = cache(self._whole_text)
 
     def is_special(self, token: int) -> bool:
         """Whether the token is a mark that text leaves out, like end-of-sequence."""
@@ -57,6 +58,15 @@ class Vocabulary:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _whole_text(self, token: int) -> str | None:
+        """Return what a token adds to whole characters; None if they would not be whole then."""
+        if self.is_special(token):
+            return ""
+        try:
+            return self.token_bytes(token).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:
@@ -94,20 +104,28 @@ class TextStream:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._unfinished = False
+        """Whether the decoder holds the beginning of a character."""
 
     def push(self, token: int) -> str:
         """Return the characters that the token completes."""
+        if not self._unfinished:
+            text = self._vocabulary.whole_text(token)
+            if text is not None:
+                return text
         if self._vocabulary.is_special(token):
             return ""
-        return self._decoder.decode(self._vocabulary.token_bytes(token))
+        text = self._decoder.decode(self._vocabulary.token_bytes(token))
+        self._unfinished = self._decoder.getstate()[0] != b""
+        return text
 
     def flush(self) -> str:
         """Return what an unfinished character looks like at the end."""
+        self._unfinished = False
         return self._decoder.decode(b"", final=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Matched:
+class Matched(NamedTuple):
     """Text that may be shown, and whether a stop string ended it."""
 
     text: str

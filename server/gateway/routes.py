@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.answers import ClientLeftError, EventStream, unless_client_leaves
+from server.api.answers import ClientLeftError, EventStream, Write, unless_client_leaves
 from server.api.errors import ApiError, unavailable
 from server.api.front import VARIANT_HEADER
 from server.app import REQUEST_ID_HEADER
@@ -84,7 +85,13 @@ async def _streamed(
     except (ApiError, ClientLeftError) as error:
         _count(front, tally, error)
         raise
-    return EventStream(stream(call, pool, opened, tried, front.forwarder, tally), headers)
+
+    async def write_events(write: Write) -> None:
+        async with aclosing(stream(call, pool, opened, tried, front.forwarder, tally)) as events:
+            async for event in events:
+                await write(event)
+
+    return EventStream(write_events, headers)
 
 
 async def _whole(
