@@ -5,13 +5,16 @@
     layer kept by both              all 6 rows attend
     layer dropped by pruned         the first 4 attend
 
-numpy only: the runner moves the arrays to its device.
+numpy only: the runner moves the arrays to its device. What stays the same while the same requests
+decode is remembered: after a model has swept the caches, each line here takes several times as long
+as it seems.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -25,10 +28,14 @@ from server.engine.scheduler import Scheduled
 
 Ints = NDArray[np.int64]
 
+_REMEMBERED = 1024
+"""Compositions of steps whose counts are remembered."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class GroupRows:
-    """The rows that attend in one layer group: a prefix of the batch."""
+    """The rows that attend in one layer group: a prefix of the batch. Never changed; not frozen,
+    because frozen ones take four times as long to make."""
 
     sequences: int
     rows: int
@@ -42,8 +49,7 @@ class GroupRows:
 
 @dataclass(slots=True)
 class SamplingRow:
-    """What the sampler must know of one row of logits. Never changed; not frozen, because frozen
-    ones take four times as long to make."""
+    """What the sampler must know of one row of logits. Never changed."""
 
     params: SamplingParams
     prompt: Sequence[int]
@@ -61,9 +67,9 @@ class ScoredRow:
     alternatives: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """One forward pass. Every sequence is one request's share of the step."""
+    """One forward pass. Every sequence is one request's share of the step. Never changed."""
 
     sequences: tuple[Scheduled, ...]
     token_ids: Ints
@@ -115,8 +121,8 @@ def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayou
         query_starts=rows.query_starts,
         variant_sequences=variant_sequences,
         lengths=rows.lengths,
-        attending_rows=by_layer(variants, [group.rows for group in groups]),
-        mlp_rows=mlp_rows(variants, [sum(s.count for s in own) for own in by_variant.values()]),
+        attending_rows=by_layer(variants, tuple([group.rows for group in groups])),
+        mlp_rows=mlp_rows(variants, _row_counts(by_variant, variant_sequences, rows)),
         groups=groups,
         logit_rows=_logit_rows(rows.last, sampled, score_rows),
         sampled=sampled,
@@ -141,13 +147,28 @@ class _Rows(NamedTuple):
     def of(cls, sequences: Sequence[Scheduled]) -> _Rows:
         starts = np.array([s.start for s in sequences], dtype=np.int64)
         if all(s.count == 1 for s in sequences):
-            query_starts = np.arange(len(sequences) + 1)
+            query_starts = _first_numbers(len(sequences) + 1)
             return cls(query_starts, None, starts, starts + 1, query_starts[:-1])
         counts = np.array([s.count for s in sequences], dtype=np.int64)
         query_starts = np.concatenate([[0], np.cumsum(counts)])
         owner = np.repeat(np.arange(len(sequences)), counts)
         positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
         return cls(query_starts, owner, positions, starts + counts, query_starts[1:] - 1)
+
+
+@lru_cache(_REMEMBERED)
+def _first_numbers(count: int) -> Ints:
+    """Return 0, 1, ..., which many steps share and none changes."""
+    return np.arange(count)
+
+
+def _row_counts(
+    by_variant: Mapping[str, Sequence[Scheduled]], sequences: tuple[int, ...], rows: _Rows
+) -> tuple[int, ...]:
+    """Return how many rows each variant has, of so many sequences."""
+    if rows.owner is None:
+        return sequences
+    return tuple(sum(s.count for s in own) for own in by_variant.values())
 
 
 def _logit_rows(last: Ints, sampled: Sequence[int], scored: Sequence[int]) -> Ints:
@@ -180,20 +201,22 @@ def _sources(sequences: Sequence[Scheduled], rows: _Rows) -> Ints:
     return sources
 
 
-def attending_by_group(variants: Variants, counts: Sequence[int]) -> list[int]:
+@lru_cache(_REMEMBERED)
+def attending_by_group(variants: Variants, counts: tuple[int, ...]) -> tuple[int, ...]:
     """Return for each layer group how many attend, of so many sequences or rows of each variant of
     one chain: the first ones, as they nest."""
-    return [
+    return tuple(
         sum(
             count
             for variant, count in zip(variants, counts, strict=True)
             if variant.name in group.variants
         )
         for group in variants.groups
-    ]
+    )
 
 
-def mlp_rows(variants: Variants, rows: Sequence[int]) -> tuple[int, ...] | None:
+@lru_cache(_REMEMBERED)
+def mlp_rows(variants: Variants, rows: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return for each layer how many rows go through its MLP, of so many of each variant of one
     chain; None where no variant drops any."""
     if not variants.drop_mlps:
@@ -208,7 +231,8 @@ def mlp_rows(variants: Variants, rows: Sequence[int]) -> tuple[int, ...] | None:
     )
 
 
-def by_layer(variants: Variants, of_groups: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(_REMEMBERED)
+def by_layer(variants: Variants, of_groups: tuple[int, ...]) -> tuple[int, ...]:
     """Return for each layer what is so for its layer group."""
     return tuple(map(of_groups.__getitem__, variants.group_of_layer))
 
