@@ -110,10 +110,8 @@ class RequestMetrics:
 
     def token_emitted(self, variant: str, seconds_since_previous: float) -> None:
         """Count one token after a request's first, and the seconds since the token before it."""
-        gaps = self._gaps_of.get(variant)
-        if gaps is None:
-            raise _unknown("variant", variant, self._labels)
-        gaps.add(seconds_since_previous)
+        _require("variant", variant, self._labels)
+        self._gaps_of[variant].add(seconds_since_previous)
 
     def finished(
         self,
@@ -505,8 +503,4 @@ def _utilization(stats: EngineStats) -> float:
 def _require(what: str, given: str, allowed: Iterable[str]) -> None:
     """Keep labels bounded: an unknown value is the caller's mistake, never a new series."""
     if given not in allowed:
-        raise _unknown(what, given, allowed)
-
-
-def _unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
-    return ValueError(f"unknown {what} {given!r}; use one of {', '.join(allowed)}")
+        raise ValueError(f"unknown {what} {given!r}; use one of {', '.join(allowed)}")

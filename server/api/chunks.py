@@ -24,9 +24,6 @@ _FINISH: dict[FinishReason | None, str] = {
     None: "null",
     **{reason: _encode(reason.value) for reason in FinishReason},
 }
-_WITHOUT_LOGPROBS = {
-    finish: f',"logprobs":null,"finish_reason":{told}}}' for finish, told in _FINISH.items()
-}
 
 
 class Chunks:
@@ -41,26 +38,25 @@ class Chunks:
         self, index: int, text: str, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds text to a completion."""
-        added = f'"text":{_quoted(text)}'
-        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
+        return self._chunk(index, f'"text":{_quoted(text)}', logprobs, finish)
 
     def of_content(
         self, index: int, content: str | None, logprobs: Json | None, finish: FinishReason | None
     ) -> str:
         """Return the event that adds content to a chat message; None adds nothing."""
-        added = '"delta":{}' if content is None else f'"delta":{{"content":{_quoted(content)}}}'
-        return f'{self._head}{{"index":{index},{added}{_rest(logprobs, finish)}{self._tail}'
+        delta = "{}" if content is None else f'{{"content":{_quoted(content)}}}'
+        return self._chunk(index, f'"delta":{delta}', logprobs, finish)
 
     def of_nothing(self) -> str:
         """Return the event without a choice, which ends a stream with its usage."""
         return f"{self._head}{self._tail}"
 
-
-def _rest(logprobs: Json | None, finish: FinishReason | None) -> str:
-    """Return how a choice ends."""
-    if logprobs is None:
-        return _WITHOUT_LOGPROBS[finish]
-    return f',"logprobs":{_encode(logprobs)},"finish_reason":{_FINISH[finish]}}}'
+    def _chunk(
+        self, index: int, added: str, logprobs: Json | None, finish: FinishReason | None
+    ) -> str:
+        shown = "null" if logprobs is None else _encode(logprobs)
+        choice = f'{{"index":{index},{added},"logprobs":{shown},"finish_reason":{_FINISH[finish]}}}'
+        return f"{self._head}{choice}{self._tail}"
 
 
 async def write_chunks(
@@ -93,17 +89,14 @@ async def write_chunks(
     with generation:
         for event in first:
             await write(event)
-        while generation.goes_on:
+        while deltas := await generation.more():
             events = []
-            for delta in generation.take():
+            for delta in deltas:
                 usage.completion_tokens += delta.generated
                 if continuous:
                     chunks = chunks_with({"usage": usage.json()})
                 events.append(event_of(chunks, delta))
-            if events:
-                await write("".join(events).encode())
-            elif generation.goes_on:
-                await generation.arrival
+            await write("".join(events).encode())
     if with_usage:
         usage.cached_tokens = generation.cached_tokens(drafts)
         await write(chunks_with({"usage": usage.json()}).of_nothing().encode())

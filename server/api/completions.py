@@ -190,10 +190,8 @@ def _best(call: _Call, answers: Sequence[_Answer]) -> list[_Answer]:
 
 
 def _events(call: _Call, generation: Generation) -> WriteEvents:
-    with_logprobs = call.body.logprobs is not None
-
     def event_of(chunks: Chunks, delta: Delta) -> str:
-        logprobs = _logprobs(call, delta.shown) if with_logprobs else None
+        logprobs = _logprobs(call, delta.shown)
         return chunks.of_text(delta.choice, delta.text, logprobs, delta.finish)
 
     return partial(

@@ -1,6 +1,6 @@
 """The choices of one HTTP request while they are generated: engine events to pieces of text.
 
-    engine thread --mailbox--> event loop: metrics, inbox --> Generation.take() --> JSON or SSE
+    engine thread --mailbox--> event loop: metrics, inbox --> Generation.more() --> JSON or SSE
 
 A generation is read `with` it. Whoever stops reading, for whatever reason, thereby aborts the
 choices that have not ended: a client that disconnects frees its pages before the next step.
@@ -196,8 +196,7 @@ class Generation:
         """
         self._service = service
         self._inbox = _Inbox(service.metrics, variant, [len(spec.prompt) for spec in specs])
-        self.arrival = Arrival()
-        """What to await when nothing was there to take and it goes on."""
+        self._arrival = Arrival()
         self._choices = [
             _Choice(i, spec, TextStream(service.vocabulary), StopStrings(spec.stops))
             for i, spec in enumerate(specs)
@@ -212,7 +211,7 @@ class Generation:
                 prompt=spec.prompt,
                 variant=variant,
                 params=spec.params,
-                sink=service.mailbox.sink(partial(self._inbox.receive, i), self.arrival),
+                sink=service.mailbox.sink(partial(self._inbox.receive, i), self._arrival),
                 arrived=arrived,
             )
             for i, spec in enumerate(specs)
@@ -236,17 +235,22 @@ class Generation:
             if not choice.ended:
                 self._service.engine.abort(request.id)
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether something is still to be taken."""
-        return self._open > 0 or self._failure is not None
-
-    def take(self) -> Sequence[Delta]:
-        """Return the pieces of all choices that came since the last time.
+    async def more(self) -> Sequence[Delta]:
+        """Return the pieces of all choices that came since the last time, and wait if none did;
+        nothing once every choice has ended.
 
         Raises:
-            ApiError: 500 or 503, a choice ended too early, and all that came before was taken.
+            ApiError: 500 or 503, a choice ended too early, and all that came before was returned.
         """
+        while self._open or self._failure is not None:
+            if found := self._take():
+                return found
+            if self._open:
+                await self._arrival
+        return ()
+
+    def _take(self) -> Sequence[Delta]:
+        """Return what is there of it."""
         if self._failure is not None:
             raise self._failure
         found: list[Delta] = []
@@ -267,13 +271,10 @@ class Generation:
         return found
 
     async def deltas(self) -> AsyncGenerator[Sequence[Delta], None]:
-        """Yield what `take` returns, as it comes, until every choice has ended."""
+        """Yield what `more` returns, as it comes, until every choice has ended."""
         with self:
-            while self.goes_on:
-                if found := self.take():
-                    yield found
-                elif self.goes_on:
-                    await self.arrival
+            while found := await self.more():
+                yield found
 
     def _submit(self) -> None:
         service = self._service

@@ -21,15 +21,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from server.engine.early import launches_early, let_next_start, wait_for_previous
 from server.engine.multiprocessor import (
-    is_describable,
+    box_of,
+    copies,
     multiprocessors,
     shared_memory,
     stages,
 )
 
-WHOLE_BOXES = (64, 128)
-"""Rows that are as many as the copy engine brings at once. It takes an eighth longer where a box
-reaches beyond the last row (docs/performance.md)."""
 _MOST_OF_CUBLAS = 512
 """Rows up to which cuBLAS's product, and a kernel for the rest, are faster than tiles."""
 
@@ -122,7 +120,7 @@ def gated_of_some_rows(x: Tensor, weight: Tensor) -> Tensor:
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2
     y = x.new_empty(rows, outputs)
-    padded, tile_outputs = max(64, triton.next_power_of_2(rows)), 64
+    padded, tile_outputs = box_of(rows), 64
     tile_inputs, most_stages = (128, 2) if padded == 64 else (64, 3)
     early = launches_early(x.device)
     bytes_of_stage = tile_inputs * (2 * tile_outputs + padded) * x.dtype.itemsize
@@ -165,7 +163,5 @@ def gate(both: Tensor) -> Tensor:
 def takes_descriptors(x: Tensor, weight: Tensor) -> bool:
     """Return whether the kernels here can be used: on devices with a copy engine, where tiles
     fit."""
-    if not launches_early(x.device) or shared_memory(x.device) < _TILE_BYTES:
-        return False
-    fits = x.itemsize == 2 and weight.shape[0] // 2 % _OUTPUTS == 0
-    return fits and is_describable(x) and is_describable(weight)
+    fits = weight.shape[0] // 2 % _OUTPUTS == 0
+    return fits and copies(x, weight) and shared_memory(x.device) >= _TILE_BYTES

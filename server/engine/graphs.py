@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 192, 256, 384, 512)
 """Numbers of rows that decode graphs of one variant alone are made for. Between 32 and 128 those
-that fill a box of the copy engine (gated_rows.py): they take less time than fewer do."""
+that fill a box of the copy engine (multiprocessor.py): they take less time than fewer do."""
 MIXED_SIZES = (4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 """Those of each variant where several are in a step: fewer, since their combinations count. Rows of
 padding cost little beside the weights."""

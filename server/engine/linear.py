@@ -31,13 +31,12 @@ from torch.nn import functional
 from server.engine import many_rows, shared_inputs
 from server.engine.early import launches_early, let_next_start, wait_for_previous
 from server.engine.gated_rows import (
-    WHOLE_BOXES,
     gate,
     gated_of_many_rows,
     gated_of_some_rows,
     takes_descriptors,
 )
-from server.engine.multiprocessor import stages
+from server.engine.multiprocessor import BOXES, stages
 from server.engine.operators import in_place, operator
 from server.engine.packing import first_input, numbers
 
@@ -183,7 +182,7 @@ def gated(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
     x is [rows, inputs], weight [2 * outputs, inputs], scale as in `linear`.
     """
-    whole = scale is None and x.shape[0] in WHOLE_BOXES
+    whole = scale is None and x.shape[0] in BOXES
     if whole and _is_laid_out(x, weight) and takes_descriptors(x, weight):
         return gated_of_some_rows(x, weight)
     if _suits(x, weight):

@@ -9,10 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
+from server.engine.early import launches_early
+
 _SHARED_MEMORY, _MULTIPROCESSORS = 227 << 10, 132
 """Where kernels are interpreted: as on an H100, whose ways are tested then."""
 _ALIGNED = 16
 """Bytes that what a descriptor describes begins at, and its rows are apart, in multiples of."""
+
+
+BOXES = (64, 128)
+"""Rows that the copy engine brings at once. It takes an eighth longer where a box reaches beyond
+the last row (docs/performance.md)."""
 
 
 @lru_cache
@@ -42,3 +49,14 @@ def is_describable(x: Tensor) -> bool:
     """Return whether a tensor descriptor can describe x, by which the copy engine brings it."""
     apart = x.stride(0) * x.itemsize
     return x.stride(-1) == 1 and x.data_ptr() % _ALIGNED == 0 and apart % _ALIGNED == 0
+
+
+def copies(x: Tensor, weight: Tensor) -> bool:
+    """Return whether x's device has a copy engine that brings both, in 16 bits."""
+    fits = launches_early(x.device) and x.itemsize == weight.itemsize == 2
+    return fits and is_describable(x) and is_describable(weight)
+
+
+def box_of(rows: int) -> int:
+    """Return the smallest of BOXES that holds so many rows."""
+    return next(box for box in BOXES if rows <= box)

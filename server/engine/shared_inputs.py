@@ -20,8 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from server.engine.early import launches_early, let_next_start, wait_for_previous
-from server.engine.gated_rows import WHOLE_BOXES
-from server.engine.multiprocessor import is_describable, multiprocessors, stages
+from server.engine.multiprocessor import BOXES, box_of, copies, multiprocessors, stages
 
 _LONG = 3
 """Inputs are more than so many for each output."""
@@ -73,12 +72,8 @@ def _join(
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Return whether `product` is the best choice for x @ weight.T."""
     outputs, inputs = weight.shape
-    if x.shape[0] not in WHOLE_BOXES or inputs <= _LONG * outputs or not launches_early(x.device):
-        return False
-    fits = x.itemsize == weight.itemsize == 2 and outputs % _ALIGNED == 0
-    if not fits or not is_describable(x) or not is_describable(weight):
-        return False
-    return _parts(outputs, x.device) in _SOME_PARTS
+    fits = x.shape[0] in BOXES and inputs > _LONG * outputs and outputs % _ALIGNED == 0
+    return fits and copies(x, weight) and _parts(outputs, x.device) in _SOME_PARTS
 
 
 def product(x: Tensor, weight: Tensor, added: Tensor | None, into: Tensor | None = None) -> Tensor:
@@ -93,7 +88,7 @@ def product(x: Tensor, weight: Tensor, added: Tensor | None, into: Tensor | None
     more = y if added is None else added.expand(rows, outputs)
     parts = min(_parts(outputs, x.device), _SOME_PARTS[-1])
     each = triton.cdiv(triton.cdiv(inputs, parts), _INPUTS) * _INPUTS
-    padded = max(64, triton.next_power_of_2(rows))
+    padded = box_of(rows)
     sums = torch.empty(parts * padded, outputs, dtype=torch.float32, device=x.device)
     early = launches_early(x.device)
     bytes_of_stage = _INPUTS * (padded + _OUTPUTS) * x.itemsize

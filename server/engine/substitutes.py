@@ -2,8 +2,8 @@
 
     hidden --> norm --> map in eight bits, or two of low rank --> + bias, x multiplier --> + hidden
 
-Between torch's operators for these, Python takes longer than their work. Knows which norms the
-native function computes; sublayers with another one stay as they are, and so do steps of many rows.
+Between torch's operators for these, Python takes longer than their work. Sublayers whose norm is of
+another form than the native function's (norms.py) stay as they are, and so do steps of many rows.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ def use_native(sublayers: Iterable[AttentionSublayer], native: NativeFunctions) 
     """
     for sublayer in sublayers:
         substitute = sublayer.substitute
-        norm = root_mean_square(sublayer.norm)
-        if isinstance(substitute, EightBitSubstitute) and norm is not None:
+        if not isinstance(substitute, EightBitSubstitute):
+            continue
+        if (norm := root_mean_square(sublayer.norm)) is not None:
             sublayer.substitute = substitute.exact
             sublayer.replace_by(_replacing(sublayer, substitute, norm, native))
 
