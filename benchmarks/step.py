@@ -281,6 +281,7 @@ def limits_for(requests: int, device: torch.device, tokens_per_step: int | None)
     return replace(
         usual,
         tokens_per_step=tokens_per_step or usual.tokens_per_step,
+        tokens_per_prompt_step=0 if tokens_per_step else usual.tokens_per_prompt_step,
         running=requests,
         waiting=max(usual.waiting, requests),
     )

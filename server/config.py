@@ -187,7 +187,10 @@ class Settings(BaseSettings):
         Limits().waiting, ge=1, description="Requests queued at most; more are answered 429."
     )
     max_step_tokens: int | None = Field(
-        None, ge=1, description="Tokens one step computes at most: 512 on a CPU, 2048 on a GPU."
+        None,
+        ge=1,
+        description="Tokens one step computes at most: by default 512 on a CPU, 2048 on a GPU, and "
+        "8192 on a GPU with 40 GiB free while no answer is being written.",
     )
     attention_backend: AttentionChoice = Field(
         "auto", description="auto: paged (Triton) on a GPU, sdpa anywhere else."
@@ -220,6 +223,7 @@ class Settings(BaseSettings):
         tokens = self.max_step_tokens or suitable.tokens_per_step
         limits = Limits(
             tokens_per_step=tokens,
+            tokens_per_prompt_step=0 if self.max_step_tokens else suitable.tokens_per_prompt_step,
             scored_tokens_per_step=min(tokens, suitable.scored_tokens_per_step),
             running=self.max_running or suitable.running,
             waiting=self.max_waiting,

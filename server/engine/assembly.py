@@ -37,6 +37,8 @@ CPU_CEILING = 4 << 30
 """... up to this many bytes."""
 CUDA_SHARE = 0.9
 """Share of the device memory left after loading the model."""
+ROOM_FOR_LONG_STEPS = 40 << 30
+"""Free device memory from which on what pages leave of it holds the activations of long steps."""
 WARM_ROWS = 32
 """Decode steps of one variant are recorded at start up to this many rows."""
 
@@ -73,8 +75,12 @@ class EngineConfig:
 
 
 def default_limits(device: torch.device) -> Limits:
-    """Return the limits that suit a device."""
-    return Limits(tokens_per_step=2048, running=256) if device.type == "cuda" else Limits()
+    """Return the limits that suit a device, from the memory that is free on it now."""
+    if device.type != "cuda":
+        return Limits()
+    free, _ = torch.cuda.mem_get_info(device)
+    long = 8192 if free >= ROOM_FOR_LONG_STEPS else 0
+    return Limits(tokens_per_step=2048, tokens_per_prompt_step=long, running=256)
 
 
 def kv_dtype(choice: KvCacheDtype, model: torch.dtype) -> torch.dtype:

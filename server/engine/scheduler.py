@@ -37,6 +37,9 @@ class Limits:
     """Bounds on the scheduler."""
 
     tokens_per_step: int = 512
+    tokens_per_prompt_step: int = 0
+    """Those of a step while no answer is being written, if more: a longer step computes prompts in
+    less time, but whoever is in the middle of an answer waits for all of it."""
     scored_tokens_per_step: int = 256
     """Prompt tokens a step may score: each needs a row of logits over the vocabulary."""
     running: int = 64
@@ -148,7 +151,7 @@ class Scheduler:
     def _schedule_chain(self, chain: int) -> tuple[Scheduled, ...]:
         """Choose the next step of a chain, which is empty where it has nothing to run."""
         self._step = {}
-        self._budget = self.limits.tokens_per_step
+        self._budget = self._tokens_for_step()
         self._scored_budget = self.limits.scored_tokens_per_step
         behind: list[Request] = []
         for request in self._running_in(chain):
@@ -162,6 +165,13 @@ class Scheduler:
         if not self.preempted:
             self._admit(chain)
         return tuple(self._step.values())
+
+    def _tokens_for_step(self) -> int:
+        limits = self.limits
+        if limits.tokens_per_prompt_step <= limits.tokens_per_step:
+            return limits.tokens_per_step
+        answers = any(0 < r.num_generated < r.params.max_tokens for r in self._running)
+        return limits.tokens_per_step if answers else limits.tokens_per_prompt_step
 
     def _running_in(self, chain: int) -> tuple[Request, ...]:
         """Return a chain's running requests, oldest first."""

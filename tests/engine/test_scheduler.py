@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pruning.variants import Variants
+from server.config import Settings
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import Event, Request, SamplingParams
 from server.engine.scheduler import Limits, Scheduled, Scheduler
@@ -35,7 +38,13 @@ CROSSED = Offer(
 )
 """Three chains: full, light, pruned; other; third."""
 VARIANTS, LAYOUT, _ = NESTED
-LIMITS = Limits(tokens_per_step=11, scored_tokens_per_step=5, running=4, waiting=100)
+LIMITS = Limits(
+    tokens_per_step=11,
+    tokens_per_prompt_step=17,
+    scored_tokens_per_step=5,
+    running=4,
+    waiting=100,
+)
 
 
 class NoSink:
@@ -186,11 +195,13 @@ class Traffic(RuleBasedStateMachine):
 
     def schedule(self) -> tuple[Scheduled, ...]:
         ready = {self.chain(r) for r in self.scheduler.running if r.remaining and r.can_run}
+        answers = any(0 < r.num_generated < r.params.max_tokens for r in self.scheduler.running)
+        most = LIMITS.tokens_per_step if answers else LIMITS.tokens_per_prompt_step
         step = self.scheduler.schedule()
         self.check_turns(ready, step)
         if not self.in_flight:
             assert bool(step) == bool(self.open), "work stands still"
-        assert sum(s.count for s in step) <= LIMITS.tokens_per_step
+        assert sum(s.count for s in step) <= most
         assert len({s.request for s in step}) == len(step)
         for scheduled in step:
             request = scheduled.request
@@ -346,6 +357,44 @@ def test_decoding_goes_before_long_prompts() -> None:
     short.num_computed_tokens, long.num_computed_tokens = 3, 5
     short.output.append(9)
     assert {s.request.id: s.count for s in scheduler.schedule()} == {"short": 1, "long": 7}
+
+
+def test_steps_are_long_while_nobody_is_in_the_middle_of_an_answer() -> None:
+    limits = Limits(tokens_per_step=8, tokens_per_prompt_step=24)
+    scheduler = Scheduler(limits, VARIANTS, LAYOUT, PagePool(200))
+    for token, (name, answer) in enumerate({"scores": 1, "writes": 3, "waits": 3}.items()):
+        prompt = (5 + token,) * 20
+        scheduler.add(Request(name, prompt, "full", SamplingParams(answer), NoSink(), 0.0))
+
+    def step() -> dict[str, int]:
+        """Schedule and launch a step; its tokens are not known before the next one is scheduled."""
+        scheduled = scheduler.schedule()
+        scheduler.advance(scheduled)
+        for place, share in enumerate(scheduled):
+            request = share.request
+            if request.pending is not None:
+                request.output.append(9)
+            request.pending = place if share.samples else None
+        return {share.request.id: share.count for share in scheduled}
+
+    assert step() == {"scores": 20, "writes": 4}
+    assert step() == {"writes": 16, "waits": 8}, "what only awaits its last token is no reason"
+    assert step() == {"writes": 1, "waits": 7}
+    scheduler.remove(next(r for r in scheduler.running if r.id == "writes"))
+    assert step() == {"waits": 5}
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "wanted", "limits"),
+    [(79, None, (2048, 8192)), (23, None, (2048, 0)), (79, 1024, (1024, 0))],
+)
+def test_steps_of_prompts_are_long_where_there_is_room_and_nothing_was_said(
+    free_gib: int, wanted: int | None, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib << 30, 80 << 30))
+    chosen = Settings(max_step_tokens=wanted).engine(torch.device("cuda")).limits
+    assert chosen is not None
+    assert (chosen.tokens_per_step, chosen.tokens_per_prompt_step) == limits
 
 
 def test_the_youngest_is_preempted_and_computes_its_tokens_again() -> None:
