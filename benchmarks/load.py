@@ -11,17 +11,19 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import uvloop
 
 VARIANT_HEADER = "X-Model-Variant"
 _KV_METRIC = "attndrop_kv_cache_used_bytes"
 _WATCH_SECONDS = 0.5
-_LINE_BYTES = 1 << 20
+_END = b"\n\n"
+"""Of an event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,23 +151,29 @@ def at_quantile(values: Sequence[float], quantile: float) -> float:
     return ordered[min(len(ordered) - 1, int(quantile * len(ordered)))]
 
 
+def sent(endpoint: Endpoint, load: Load) -> Measured:
+    """Send a load, on the event loop that takes least from what is measured; see `run_load`."""
+    return uvloop.run(run_load(endpoint, load))
+
+
 async def run_load(endpoint: Endpoint, load: Load) -> Measured:
     """Send a load to one endpoint and return what was seen."""
     places = asyncio.Semaphore(load.concurrency)
     watch = _KvWatch()
     watching = asyncio.create_task(watch.run(endpoint))
     start = time.perf_counter()
-    timed = await asyncio.gather(
+    answers = await asyncio.gather(
         *(
             _in_its_time(endpoint, prompt, load.output_tokens, places, start + arrival)
             for prompt, arrival in zip(load.prompts(), load.arrivals(), strict=True)
         )
     )
+    timed = tuple(_timed(endpoint, answer, load.output_tokens) for answer in answers)
     seconds = max(request.tokens[-1] for request in timed) - start
     if watching.done():
         watching.result()
     watching.cancel()
-    return Measured(tuple(timed), seconds, watch.peak)
+    return Measured(timed, seconds, watch.peak)
 
 
 async def _in_its_time(
@@ -174,10 +182,10 @@ async def _in_its_time(
     output_tokens: int,
     places: asyncio.Semaphore,
     not_before: float,
-) -> Timed:
+) -> _Answer:
     await asyncio.sleep(max(0.0, not_before - time.perf_counter()))
     async with places:
-        return await send(endpoint, prompt, output_tokens)
+        return await _answer(endpoint, prompt, output_tokens)
 
 
 async def send(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> Timed:
@@ -186,6 +194,10 @@ async def send(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> Tim
     Raises:
         RuntimeError: the answer was an error or had another number of tokens.
     """
+    return _timed(endpoint, await _answer(endpoint, prompt, output_tokens), output_tokens)
+
+
+async def _answer(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> _Answer:
     body = {
         "prompt": endpoint.spelled(prompt),
         "max_tokens": output_tokens,
@@ -194,40 +206,80 @@ async def send(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> Tim
         "stream_options": {"include_usage": True},
         **endpoint.body,
     }
-    sent = time.perf_counter()
+    host, _, port = (place := urlsplit(endpoint.url).netloc).partition(":")
+    answer = _Answer()
+    content = json.dumps(body).encode()
+    transport, _ = await asyncio.get_running_loop().create_connection(
+        lambda: answer, host, int(port or 80)
+    )
+    try:
+        transport.write(_head(place, endpoint.headers, len(content)) + content)
+        await answer.over
+    finally:
+        transport.close()
+    return answer
+
+
+class _Answer(asyncio.Protocol):
+    """The pieces of one streamed answer, as they come.
+
+    What they say is read when the load is over: the clients share the machine with what they
+    measure, and a token costs them a fraction of what it costs to read its JSON.
+    """
+
+    def __init__(self) -> None:
+        self.sent = time.perf_counter()
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.pieces: list[tuple[float, bytes]] = []
+        """Up to the empty line that ends an event; the first begins with the answer's head."""
+        self.rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        *whole, self.rest = (self.rest + data).split(_END)
+        self.pieces += [(now, piece) for piece in whole]
+        if whole and whole[-1].endswith(b"[DONE]"):
+            self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc  # what lacks is missed when the pieces are read
+        self._end()
+
+    def _end(self) -> None:
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+def _timed(endpoint: Endpoint, answer: _Answer, output_tokens: int) -> Timed:
+    """Read an answer that is over."""
     arrived: list[float] = []
     usage: dict[str, Any] = {}
-    async for event in _events(endpoint, json.dumps(body).encode()):
+    for moment, event in _events(endpoint, answer):
         if "error" in event:
             raise RuntimeError(f"{endpoint.url} answered {event}")
         if event["choices"]:
-            arrived.append(time.perf_counter())
+            arrived.append(moment)
         usage = event.get("usage") or usage
     generated = usage.get("completion_tokens", 0)
     if generated != output_tokens:
         raise RuntimeError(f"{generated} tokens came from {endpoint.url}, not {output_tokens}")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     # A last event without a token, which some servers send, is none of its pieces.
-    return Timed(sent, tuple(arrived[:generated]), generated, cached)
+    return Timed(answer.sent, tuple(arrived[:generated]), generated, cached)
 
 
-async def _events(endpoint: Endpoint, body: bytes) -> AsyncIterator[dict[str, Any]]:
-    """Yield the events of a stream. Servers send each of them whole, within one chunk."""
-    parts = urlsplit(endpoint.url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=_LINE_BYTES)
-    try:
-        writer.write(_head(parts.netloc, endpoint.headers, len(body)) + body)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            told = (await reader.read(2000)).decode(errors="replace")
-            raise RuntimeError(f"{endpoint.url} answered {status.decode().strip()}: {told}")
-        async for line in reader:
-            if line.startswith(b"data: [DONE]"):
-                return
-            if line.startswith(b"data: "):
-                yield json.loads(line[6:])
-    finally:
-        writer.close()
+def _events(endpoint: Endpoint, answer: _Answer) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield an answer's events and when they came. Servers send each of them whole, within one
+    chunk."""
+    beginning = answer.pieces[0][1] if answer.pieces else answer.rest
+    status, _, told = beginning.partition(b"\r\n")
+    if b" 200 " not in status:
+        message = told[:2000].decode(errors="replace")
+        raise RuntimeError(f"{endpoint.url} answered {status.decode(errors='replace')}: {message}")
+    for moment, piece in answer.pieces:
+        line = piece.rsplit(b"\n", 1)[-1]  # before it stand the chunk's length and, once, the head
+        if line.startswith(b"data: {"):
+            yield moment, json.loads(line[6:])
 
 
 def _head(host: str, headers: Mapping[str, str], length: int) -> bytes:

@@ -18,7 +18,6 @@ the host between steps (on a GPU; a CPU's is not counted).
 
 from __future__ import annotations
 
-import asyncio
 import json
 import multiprocessing
 import os
@@ -41,7 +40,7 @@ from rich.table import Table
 from benchmarks.gate import Gate, GatedEngine, comparisons, median_between
 from benchmarks.inprocess import Running, machine, passing
 from benchmarks.inprocess import serve as serve_in_process
-from benchmarks.load import Load, no_kv_bytes, ours, run_load
+from benchmarks.load import Load, no_kv_bytes, ours, sent
 from pruning.cli import progress_bars
 from pruning.loading import EMBEDDED_MODEL
 from server.api.service import Service
@@ -261,7 +260,7 @@ def send_load(url: str, variant: str, load: Load) -> tuple[float, float]:
     """Send a load; return tokens a second and the seconds of processor time that it took here."""
     before = time.process_time()
     endpoint = replace(ours(url, variant), kv_bytes=no_kv_bytes)  # a scrape is no part of serving
-    measured = asyncio.run(run_load(endpoint, load))
+    measured = sent(endpoint, load)
     return measured.tokens_per_second, time.process_time() - before
 
 

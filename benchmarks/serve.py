@@ -11,7 +11,6 @@ afterwards in this process, when no server competes for the cores.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import sys
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.http_peers import PEERS, MissingPeerError, PeerDiedError, Work, started, words_of
 from benchmarks.inprocess import machine
-from benchmarks.load import Endpoint, Load, Measured, ours, run_load
+from benchmarks.load import Endpoint, Load, Measured, ours, sent
 from benchmarks.peers import plain_model, transformers_generate
 from benchmarks.server import running_server
 from pruning.loading import EMBEDDED_MODEL, load_base_model
@@ -164,7 +163,7 @@ def _measure(contenders: Sequence[Contender], loads: Sequence[Load], repeats: in
     for load in loads:
         for turn in range(repeats + 1):
             for who, endpoint in contenders:
-                measured = asyncio.run(run_load(endpoint, load))
+                measured = sent(endpoint, load)
                 if turn:
                     runs[who, load].append(measured)
     return runs

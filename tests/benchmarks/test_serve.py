@@ -82,6 +82,21 @@ def test_several_tokens_may_come_in_one_event() -> None:
     assert (len(timed.tokens), timed.generated) == (2, 3)
 
 
+def test_events_are_put_together_from_what_the_network_cut() -> None:
+    answer = stream(piece("a"), piece("b"), {"choices": [], "usage": {"completion_tokens": 2}})
+
+    class InParts(Recorded):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            for place in range(0, len(answer), 7):
+                writer.write(answer[place : place + 7])
+                await asyncio.sleep(0.001)
+            writer.close()
+
+    timed = sent_to(InParts(answer), Endpoint(""), 2)
+    assert timed.sent < timed.tokens[0] < timed.tokens[1]
+
+
 def test_prompts_are_spelled_as_the_server_wants_them() -> None:
     server = Recorded(stream(piece("a"), {"choices": [], "usage": {"completion_tokens": 1}}))
     sent_to(server, Endpoint("", spelled=lambda tokens: "-".join(map(str, tokens))), 1)
