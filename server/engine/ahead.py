@@ -11,8 +11,8 @@ Each function is the family's own code, traced: `before` ends where that code as
 `after` is given the answer, and what does not matter for a result is left out by the compiler.
 Weights are inputs: one function serves all layers of a form, and no weight exists twice. Steps of
 few rows and those with prompts have functions of their own (`row_ranges`): many rows are worth a
-second thread in every loop, few are not. More rows than products run on four bits for run the
-family's code itself.
+second thread in every loop, few of no great width are not. More rows than products run on four
+bits for run the family's code itself.
 
 Functions are kept on disk for the next start. The first start compiles them on a thread while it
 serves, which needs a C++ compiler; without one, layers stay as they are.
@@ -67,9 +67,12 @@ FEW = 32
 """Rows up to which a second thread in every loop is not worth it."""
 MANY = 1 << 16
 """More rows than a step has."""
+_SERIAL = 1 << 17
+"""Numbers of a loop, in the longest step of a range, up to which a second thread costs more."""
 _EXAMPLE_ROWS = 3
 _MANY_TIMES = 128
 """How often those are repeated where many rows are an example."""
+_LIBRARY = ".so"
 _CPU = torch.device("cpu")
 _PLACES = frozenset({"index", "layer_idx", "substitute", "_few_rows"})
 """Attributes that say which layer it is, what else stands in its place, or by which function it
@@ -187,7 +190,7 @@ class CompiledLayers:
             attends = _reach(layer, example.hidden, example.embeddings).form
             _install(layer, functions, weights, attends, rows)
             if rows.first == 1 and _are_native(layer, self.native):
-                libraries = tuple(map(_library, paths))
+                libraries = tuple(path.with_suffix(_LIBRARY) for path in paths)
                 few = FewRows(libraries, weights, attends, rows.last)
                 self._few_rows[layer.attention.index] = few
 
@@ -462,8 +465,15 @@ def _compile_form(missing: _Missing, rows: RowRange, folder: Path, threads: int)
             return False
         if not path.exists():
             traced = _Traced(part, held)
-            _compile(traced, inputs, held.tensors(), path, threads, rows)
+            own = _threads(layer, rows, threads)
+            _compile(traced, inputs, held.tensors(), path, own, rows)
     return True
+
+
+def _threads(layer: WrappedLayer, rows: RowRange, most: int) -> int:
+    """Return how many threads loops outside of products are worth."""
+    widest = max(linear.out_features for linear in four_bit_layers(layer))
+    return 1 if rows.last * widest <= _SERIAL else most
 
 
 def _compile(
@@ -474,7 +484,8 @@ def _compile(
     threads: int,
     rows: RowRange,
 ) -> None:
-    """Compile a function of any number of rows in a range, and write it atomically."""
+    """Compile a function of any number of rows in a range, and write it atomically, after the
+    library that is in it."""
     dim = torch.export.Dim("rows", min=rows.first, max=rows.last)
     shapes = [{1: dim}] * len(inputs) + [None] * len(weights)
     exported = torch.export.export(
@@ -494,6 +505,9 @@ def _compile(
                 },
             },
         )
+        with zipfile.ZipFile(written) as package:
+            name = next(name for name in package.namelist() if name.endswith(_LIBRARY))
+            os.replace(package.extract(name, folder), path.with_suffix(_LIBRARY))
         os.replace(written, path)
 
 
@@ -501,17 +515,6 @@ def _load(path: Path) -> Function:
     # What the loaded model does around `boxed_run` takes longer than the function itself.
     loaded: Function = torch._inductor.aoti_load_package(str(path)).loader.boxed_run
     return loaded
-
-
-def _library(path: Path) -> Path:
-    """Return the shared library of a kept function, taken out of its package if that was not done
-    yet."""
-    library = path.with_suffix(".so")
-    if not library.exists():
-        with zipfile.ZipFile(path) as package, tempfile.TemporaryDirectory(dir=path.parent) as work:
-            name = next(name for name in package.namelist() if name.endswith(".so"))
-            os.replace(package.extract(name, work), library)
-    return library
 
 
 # What tells functions apart.
