@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning.families import LogitForm, logit_form
 from pruning.sublayers import AttentionSublayer, Last, watching_layers
 from server.engine.ahead import FewRows
 from server.engine.attention.rows import RowsBackend
@@ -106,6 +107,8 @@ def plain_form(model: PreTrainedModel, context: int) -> PlainForm | None:
     embedding = table.weight.detach()
     if not isinstance(norm, NativeNorm) or embedding.dtype != torch.bfloat16:
         return None
+    if logit_form(model.config) != LogitForm():
+        return None  # which small logits would not show
     seen = _Seen.of(model, context)
     entering = seen.entering[0]
     if seen.rotary_calls != 1 or not torch.equal(entering, embedding[seen.tokens]):
@@ -226,7 +229,7 @@ class NativePass:
         native: NativeFunctions,
     ) -> None:
         self._form, self._backend, self._forward = form, backend, native.forward_rows
-        dim = form.cosines.shape[1]
+        dim = backend.pages[0].dim
         self._takes_chunks = all(native.attends_chunks(each.form, dim) for each in layers.values())
         self._most_rows = min(each.last for each in layers.values())
         self._replaced = tuple(substitutes)
@@ -245,11 +248,9 @@ class NativePass:
     def takes(self, rows: int, attending: tuple[int, ...]) -> bool:
         """Whether a step that the backend is prepared for can be computed, given how many of its
         rows attend in each layer."""
-        takes_form = self._takes_chunks or not self._backend.has_chunks
-        few = (
-            rows <= self._most_rows and _most_replaced(rows, attending, self._replaced) <= MAP_ROWS
-        )
-        return takes_form and few
+        if rows > self._most_rows or (self._backend.has_chunks and not self._takes_chunks):
+            return False
+        return _most_replaced(rows, attending, self._replaced) <= MAP_ROWS
 
     def __call__(
         self,
