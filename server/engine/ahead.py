@@ -11,8 +11,8 @@ Each function is the family's own code, traced: `before` ends where that code as
 `after` is given the answer, and what does not matter for a result is left out by the compiler.
 Weights are inputs: one function serves all layers of a form, and no weight exists twice. Steps of
 few rows and those with prompts have functions of their own (`row_ranges`): many rows are worth a
-second thread in every loop, few are not. More rows than products run on four bits for run the
-family's code itself.
+second thread in every loop, few of no great width are not. More rows than products run on four
+bits for run the family's code itself.
 
 Functions are kept on disk for the next start. The first start compiles them on a thread while it
 serves, which needs a C++ compiler; without one, layers stay as they are.
@@ -30,7 +30,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -66,9 +67,12 @@ FEW = 32
 """Rows up to which a second thread in every loop is not worth it."""
 MANY = 1 << 16
 """More rows than a step has."""
+_SERIAL = 1 << 17
+"""Numbers of a loop, in the longest step of a range, up to which a second thread costs more."""
 _EXAMPLE_ROWS = 3
 _MANY_TIMES = 128
 """How often those are repeated where many rows are an example."""
+_LIBRARY = ".so"
 _CPU = torch.device("cpu")
 _PLACES = frozenset({"index", "layer_idx", "substitute", "_few_rows"})
 """Attributes that say which layer it is, what else stands in its place, or by which function it
@@ -80,6 +84,23 @@ Embeddings = tuple[Tensor, Tensor]
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """What computes a layer's steps of few rows, for callers that are no Python."""
+
+    libraries: tuple[Path, ...]
+    """Of the functions `before`, `after` and `mlp`, which call nothing that torch would have to
+    find for them."""
+    weights: list[Tensor]
+    """What each of them is given after its inputs."""
+    form: AttentionForm
+    last: int
+    """The most rows."""
+
+
+WhenComplete = Callable[[Mapping[int, FewRows]], None]
+
+
 class CompiledLayers:
     """The compiled functions of a wrapped model whose layers are in four bits."""
 
@@ -87,6 +108,7 @@ class CompiledLayers:
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         """Let every layer run by what `folder` has for it; the rest is `missing`."""
         self.native = native_functions(folder)
+        self._few_rows: dict[int, FewRows] = {}
         self._folder = folder
         self._threads = torch.get_num_threads()
         self._missing: dict[str, _Missing] = {}
@@ -109,13 +131,26 @@ class CompiledLayers:
         """Forms of layers that run uncompiled."""
         return len(self._missing)
 
-    def compile_in_background(self) -> threading.Thread:
+    def complete(self, then: WhenComplete = lambda _: None) -> None:
+        """Call `then` as soon as nothing is missing, with what computes few rows, by layer: where
+        native functions compute all of a layer's products."""
+        if self._missing:
+            self.compile_in_background(then)
+        else:
+            then(self._few_rows)
+
+    def compile_in_background(self, then: WhenComplete = lambda _: None) -> threading.Thread:
         """Compile what is missing on a thread of low priority; layers change over when it is done.
+        Then call `then` there, as `complete` does.
 
         Without a working C++ compiler they stay as they are, and the log says so.
         """
+        logger.info(
+            "compiling layers in the background, which speeds up decoding and is kept in %s",
+            self._folder,
+        )
         # No daemon: the interpreter must not end while compiled code is being made.
-        thread = threading.Thread(target=self._compile_quietly, name=COMPILER)
+        thread = threading.Thread(target=self._compile_quietly, args=(then,), name=COMPILER)
         thread.start()
         return thread
 
@@ -135,19 +170,29 @@ class CompiledLayers:
             del self._missing[form]
         logger.info("compiled layers after %.0f s", time.monotonic() - started)
 
-    def _compile_quietly(self) -> None:
+    def _compile_quietly(self, then: WhenComplete) -> None:
         if hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self.compile_missing()
+            if not self._missing:
+                then(self._few_rows)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning("layers run uncompiled, which is slower: %s", reason)
 
     def _install(self, form: str, examples: Sequence[_Example], rows: RowRange) -> None:
-        functions = _Functions(*map(_load, _paths(self._folder / form / rows.name)))
+        paths = _paths(self._folder / form / rows.name)
+        functions = _Functions(*map(_load, paths))
         for example in examples:
-            _install(example, functions, rows)
+            layer = example.layer
+            weights = _Weights(layer).tensors()
+            attends = _reach(layer, example.hidden, example.embeddings).form
+            _install(layer, functions, weights, attends, rows)
+            if rows.first == 1 and _are_native(layer, self.native):
+                libraries = tuple(path.with_suffix(_LIBRARY) for path in paths)
+                few = FewRows(libraries, weights, attends, rows.last)
+                self._few_rows[layer.attention.index] = few
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,13 +228,15 @@ def _is_complete(folder: Path) -> bool:
     return all(path.exists() for path in _paths(folder))
 
 
-def _install(example: _Example, functions: _Functions, rows: RowRange) -> None:
+def _install(
+    layer: WrappedLayer,
+    functions: _Functions,
+    weights: list[Tensor],
+    form: AttentionForm,
+    rows: RowRange,
+) -> None:
     """Let a layer compute a range of rows by its form's functions, others as before."""
-    layer = example.layer
-    weights = _Weights(layer).tensors()
     other_attention, other_mlp = layer.computed()
-    form = _reach(layer, example.hidden, example.embeddings).form
-
     first, last = rows.first, rows.last
 
     def attention(hidden: Tensor, embeddings: Embeddings, attend: Attend, index: int) -> Tensor:
@@ -256,13 +303,17 @@ class _Missing:
 def row_ranges(layer: WrappedLayer, native: NativeFunctions | None) -> tuple[RowRange, ...]:
     """Return the ranges of rows for which a layer has functions, which end where its products
     leave four bits."""
-    linears = four_bit_layers(layer)
-    if native is None or not all(_is_native(linear, native) for linear in linears):
+    if native is None or not _are_native(layer, native):
         return (RowRange("few", 1, FEW_ROWS, 1),)
     few = RowRange("few", 1, min(FEW, native.four_bit_rows), 1)
     if native.four_bit_rows == few.last:
         return (few,)
     return few, RowRange("many", few.last + 1, min(MANY, native.four_bit_rows), _MANY_TIMES)
+
+
+def _are_native(layer: WrappedLayer, native: NativeFunctions | None) -> bool:
+    """Whether native functions compute all of a compiled layer's products."""
+    return all(_is_native(linear, native) for linear in four_bit_layers(layer))
 
 
 def _is_native(linear: FourBitLinear, native: NativeFunctions | None) -> bool:
@@ -414,8 +465,15 @@ def _compile_form(missing: _Missing, rows: RowRange, folder: Path, threads: int)
             return False
         if not path.exists():
             traced = _Traced(part, held)
-            _compile(traced, inputs, held.tensors(), path, threads, rows)
+            own = _threads(layer, rows, threads)
+            _compile(traced, inputs, held.tensors(), path, own, rows)
     return True
+
+
+def _threads(layer: WrappedLayer, rows: RowRange, most: int) -> int:
+    """Return how many threads loops outside of products are worth."""
+    widest = max(linear.out_features for linear in four_bit_layers(layer))
+    return 1 if rows.last * widest <= _SERIAL else most
 
 
 def _compile(
@@ -426,7 +484,8 @@ def _compile(
     threads: int,
     rows: RowRange,
 ) -> None:
-    """Compile a function of any number of rows in a range, and write it atomically."""
+    """Compile a function of any number of rows in a range, and write it atomically, after the
+    library that is in it."""
     dim = torch.export.Dim("rows", min=rows.first, max=rows.last)
     shapes = [{1: dim}] * len(inputs) + [None] * len(weights)
     exported = torch.export.export(
@@ -446,6 +505,9 @@ def _compile(
                 },
             },
         )
+        with zipfile.ZipFile(written) as package:
+            name = next(name for name in package.namelist() if name.endswith(_LIBRARY))
+            os.replace(package.extract(name, folder), path.with_suffix(_LIBRARY))
         os.replace(written, path)
 
 

@@ -22,7 +22,6 @@ from server.engine.attention.eight_bits import E4M3
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
-from server.engine.native import NativeFunctions
 from server.engine.norms import use_native_norm
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
@@ -168,15 +167,10 @@ def _runner(
     kv_heads = kv_shape(base.model.config).kv_heads
     last_tokens = torch.zeros(limits.running, dtype=torch.long, device=pool.device)
     if choose_attention(config.attention, pool, base.model.dtype) == "sdpa":
-        compiled = None if config.enforce_eager else config.compiled
-        native = None if compiled is None else _use_compiled(base, compiled)
-        if native is not None and pool.dtype == torch.bfloat16:
-            logger.info("attention is computed by native functions where they take its form")
-            rows = RowsBackend(native, pool, layout, variants, kv_heads)
-            return ModelRunner(base.model, pool, rows, rows, last_tokens, overlaps=False)
-        sdpa = SdpaBackend(pool, layout, variants, kv_heads)
-        overlaps = pool.device.type == "cuda"
-        return ModelRunner(base.model, pool, sdpa, sdpa, last_tokens, overlaps=overlaps)
+        kept = None if config.enforce_eager else config.compiled
+        if kept is not None and four_bit_layers(base.model):
+            return _compiled_runner(base, variants, kept, layout, pool, last_tokens, context)
+        return _sdpa_runner(base, variants, layout, pool, last_tokens)
     # Triton exists on GPU machines only.
     from server.engine.attention.operator import OperatorAttend
     from server.engine.attention.paged import PagedBackend
@@ -206,26 +200,48 @@ def _runner(
     return ModelRunner(base.model, pool, backend, attend, graphs.last_tokens, graphs, overlaps=True)
 
 
-def _use_compiled(base: BaseModel, folder: Path) -> NativeFunctions | None:
-    """Let layers in four bits run by compiled functions, as soon as there are any, and their head,
-    last norm and substitutes by native ones, which are returned if there are any."""
-    if not four_bit_layers(base.model):
-        return None
+def _sdpa_runner(
+    base: BaseModel, variants: Variants, layout: PageLayout, pool: Tensor, last_tokens: Tensor
+) -> ModelRunner:
+    sdpa = SdpaBackend(pool, layout, variants, kv_shape(base.model.config).kv_heads)
+    overlaps = pool.device.type == "cuda"
+    return ModelRunner(base.model, pool, sdpa, sdpa, last_tokens, overlaps=overlaps)
+
+
+def _compiled_runner(
+    base: BaseModel,
+    variants: Variants,
+    folder: Path,
+    layout: PageLayout,
+    pool: Tensor,
+    last_tokens: Tensor,
+    context: int,
+) -> ModelRunner:
+    """Return a runner of layers in four bits that run by compiled functions, as soon as there are
+    any; if there are native ones, of a head, last norm, substitutes, attention and passes of few
+    rows that run by those."""
     from server.engine.ahead import CompiledLayers  # brings much of torch along
+    from server.engine.forward import Forward
 
     layers = CompiledLayers(base.model, folder)
-    if layers.missing:
-        logger.info(
-            "compiling layers in the background, which speeds up decoding and is kept in %s", folder
-        )
-        layers.compile_in_background()
-    if layers.native is not None:
-        head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if isinstance(head, EightBitHead):
-            head.compute_by(layers.native.eight_bit_product, layers.native.eight_bit_rows)
-        use_native(base.sublayers, layers.native)
-        use_native_norm(base.model, layers.native)
-    return layers.native
+    native = layers.native
+    if native is None:
+        layers.complete()
+        return _sdpa_runner(base, variants, layout, pool, last_tokens)
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(head, EightBitHead):
+        head.compute_by(native.eight_bit_product, native.eight_bit_rows)
+    substitutes = use_native(base.sublayers, native)
+    use_native_norm(base.model, native)
+    if pool.dtype != torch.bfloat16:
+        layers.complete()
+        return _sdpa_runner(base, variants, layout, pool, last_tokens)
+    logger.info("attention is computed by native functions where they take its form")
+    kv_heads = kv_shape(base.model.config).kv_heads
+    rows = RowsBackend(native, pool, layout, variants, kv_heads)
+    forward = Forward(base.model, base.sublayers, substitutes, rows, native, context)
+    layers.complete(forward.use)
+    return ModelRunner(forward, pool, rows, rows, last_tokens, overlaps=False)
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

@@ -88,21 +88,18 @@ def layer_pages(keys: Tensor, values: Tensor) -> ctypes.Structure:
     return _Pages(keys.data_ptr(), values.data_ptr(), keys.stride(0), tokens, kv_heads, dim)
 
 
-@dataclass(frozen=True, slots=True)
-class StepTables:
-    """Addresses of a step's arrays for one layer group; who makes them keeps the arrays."""
+class StepTables(ctypes.Structure):
+    """Addresses of a step's arrays for one layer group; who makes them keeps the arrays.
 
-    sequences: int
-    slots: int
-    """int64 [rows]: page x tokens per page + place in the page."""
-    table: int
-    """int32: the sequences' pages, one after the other."""
-    table_starts: int
-    """int64 [sequences]"""
-    lengths: int
-    """int64 [sequences]: tokens of each sequence, its last row's included."""
-    starts: int
-    """int64 [sequences + 1]: first row of each sequence."""
+    slots are int64 [rows], page x tokens per page + place in the page; table is int32, the
+    sequences' pages one after the other; table_starts and lengths, tokens with each sequence's last
+    row's included, are int64 [sequences]; starts, each sequence's first row, [sequences + 1].
+    """
+
+    _fields_ = (
+        ("sequences", _Count),
+        *((name, _Address) for name in ("slots", "table", "table_starts", "lengths", "starts")),
+    )
 
 
 CHUNK_DIM = 64
@@ -202,6 +199,9 @@ class NativeFunctions:
             self._four_bits = loaded.four_bit_product
             self._four_bits.restype = None
             self._four_bits.argtypes = (*(_Address,) * 4, *(_Count,) * 3)
+            self.forward_rows = loaded.forward_rows
+            """As in forward.h; forward.py knows what it is given."""
+            self.forward_rows.argtypes = (_Address,) * 3
         self._attend = loaded.attend_rows
         self._attend.restype = None
         self._attend.argtypes = (

@@ -54,10 +54,10 @@ def use_native_norm(model: PreTrainedModel, native: NativeFunctions) -> None:
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     form = root_mean_square(decoder.norm)
     if form is not None and form.gain is not None:
-        decoder.norm = _Norm(decoder.norm, form.gain, form.epsilon, native)
+        decoder.norm = NativeNorm(decoder.norm, form.gain, form.epsilon, native)
 
 
-class _Norm(nn.Module):
+class NativeNorm(nn.Module):
     """A norm of numbers in bfloat16; others are left to the module that it stands for."""
 
     def __init__(
@@ -65,9 +65,9 @@ class _Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.exact = exact
-        self._gain, self._epsilon, self._native = gain, epsilon, native
+        self.gain, self.epsilon, self._native = gain, epsilon, native
 
     def forward(self, hidden: Tensor) -> Tensor:
         if hidden.dtype != torch.bfloat16:
             return self.exact(hidden)  # type: ignore[no-any-return]
-        return self._native.norm(hidden, self._gain, self._epsilon)
+        return self._native.norm(hidden, self.gain, self.epsilon)

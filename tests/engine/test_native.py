@@ -300,7 +300,7 @@ def answers(folder: Path | None) -> list[list[int]]:
 def without_compiling_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave layers as they are, whose compiling takes long and has tests of its own; their products
     as well, whose rounding decides what random weights generate."""
-    monkeypatch.setattr("server.engine.ahead.CompiledLayers.compile_in_background", lambda _: None)
+    monkeypatch.setattr("server.engine.ahead.CompiledLayers.compile_in_background", lambda *_: None)
     monkeypatch.setattr("server.engine.ahead._compute_any_rows", lambda *_: None)
 
 

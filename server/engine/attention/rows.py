@@ -7,7 +7,7 @@ are the reference's, whose pages it shares.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,7 @@ from server.engine.batch import Batch, GroupRows
 from server.engine.native import NativeFunctions, StepTables, layer_pages
 from server.engine.pages import PageLayout
 
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """One layer group's share of a step."""
-
-    tables: StepTables
-    arrays: tuple[NDArray[np.int64] | NDArray[np.int32], ...]
-    """What the tables are the addresses of."""
+_Arrays = tuple[NDArray[np.int64] | NDArray[np.int32], ...]
 
 
 class RowsBackend:
@@ -46,23 +39,29 @@ class RowsBackend:
         self._native = native
         self._reference = SdpaBackend(pool, layout, variants, kv_heads)
         self._views = layer_views(pool, layout, variants, kv_heads)
-        self._pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
-        self._group_of = variants.group_of_layer
-        self._prepared: list[_Prepared] = []
-        self._has_chunks = False
+        self.pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
+        self.group_of = variants.group_of_layer
+        self._arrays: list[_Arrays] = []
+        """What the tables are the addresses of."""
+        self.tables: ctypes.Array[StepTables] = (StepTables * 0)()
+        """A step's, by layer group."""
+        self.has_chunks = False
+        """Whether a sequence of the step has several rows."""
         self._for_reference: Batch | None = None
         """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
-        self._prepared = [_prepared(group, batch) for group in batch.groups]
-        self._has_chunks = len(batch.token_ids) > len(batch.sequences)
-        self._for_reference = batch if self._has_chunks else None
+        self._arrays = [_arrays(group, batch) for group in batch.groups]
+        tables = map(_tables, batch.groups, self._arrays)
+        self.tables = (StepTables * len(self._arrays))(*tables)
+        self.has_chunks = len(batch.token_ids) > len(batch.sequences)
+        self._for_reference = batch if self.has_chunks else None
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
-        tables, pages = self._prepared[self._group_of[layer]].tables, self._pages[layer]
-        if not self._has_chunks:
+        tables, pages = self.tables[self.group_of[layer]], self.pages[layer]
+        if not self.has_chunks:
             return self._native.attend(query, key, value, form, pages, tables)
         if self._native.attends_chunks(form, query.shape[-1]):
             return self._native.attend_chunks(query, key, value, form, pages, tables)
@@ -72,7 +71,9 @@ class RowsBackend:
         return self._reference(layer, query, key, value, form)
 
 
-def _prepared(group: GroupRows, batch: Batch) -> _Prepared:
-    arrays = (group.slots, group.pages, group.table_starts, batch.lengths, batch.query_starts)
-    addresses = (array.ctypes.data for array in arrays)
-    return _Prepared(StepTables(group.sequences, *addresses), arrays)
+def _arrays(group: GroupRows, batch: Batch) -> _Arrays:
+    return (group.slots, group.pages, group.table_starts, batch.lengths, batch.query_starts)
+
+
+def _tables(group: GroupRows, arrays: _Arrays) -> StepTables:
+    return StepTables(group.sequences, *(array.ctypes.data for array in arrays))

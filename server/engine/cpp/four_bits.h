@@ -8,6 +8,7 @@
 
 #include "few_rows.h"
 #include "many_rows.h"
+#include "tensors.h"
 
 // The rows up to which it is faster than torch's functions, which multiply tiles by AMX.
 #ifdef AMX
@@ -26,23 +27,9 @@ extern "C" void four_bit_product(const Bfloat16* inputs, const std::uint8_t* pac
   product(inputs, packed, scales, out, rows, outputs, width);
 }
 
-// torch's stable C interface, of which a status other than 0 is an error.
-extern "C" {
-
-struct AtenTensorOpaque;
-using Tensor = AtenTensorOpaque*;
-std::int32_t aoti_torch_get_data_ptr(Tensor tensor, void** address);
-std::int32_t aoti_torch_get_size(Tensor tensor, std::int64_t dimension, std::int64_t* size);
-std::int32_t aoti_torch_get_stride(Tensor tensor, std::int64_t dimension, std::int64_t* stride);
-std::int32_t aoti_torch_empty_strided(std::int64_t dimensions, const std::int64_t* sizes,
-                                      const std::int64_t* strides, std::int32_t dtype,
-                                      std::int32_t device_type, std::int32_t device_index,
-                                      Tensor* made);
-std::int32_t aoti_torch_dtype_bfloat16();
-std::int32_t aoti_torch_device_type_cpu();
-
-// As four_bit_product.
-std::int32_t aoti_torch_cpu_four_bit_rows(Tensor inputs, Tensor packed, Tensor scales, Tensor* out) {
+// As four_bit_product, by torch's stable C interface.
+extern "C" std::int32_t aoti_torch_cpu_four_bit_rows(Tensor inputs, Tensor packed, Tensor scales,
+                                                     Tensor* out) {
   Index rows, width, outputs, stride;
   void *from, *weights, *steps, *to;
   if (aoti_torch_get_size(inputs, 0, &rows) || aoti_torch_get_size(inputs, 1, &width) ||
@@ -58,7 +45,6 @@ std::int32_t aoti_torch_cpu_four_bit_rows(Tensor inputs, Tensor packed, Tensor s
   four_bit_product(static_cast<Bfloat16*>(from), static_cast<std::uint8_t*>(weights),
                    static_cast<Bfloat16*>(steps), static_cast<Bfloat16*>(to), rows, outputs, width);
   return 0;
-}
 }
 
 #endif
