@@ -34,8 +34,8 @@ _REMEMBERED = 1024
 
 @dataclass(slots=True)
 class GroupRows:
-    """The rows that attend in one layer group: a prefix of the batch. Never changed; not frozen,
-    because frozen ones take four times as long to make."""
+    """The rows that attend in one layer group: a prefix of the batch. Changed as a `Batch`; not
+    frozen, because frozen ones take four times as long to make."""
 
     sequences: int
     rows: int
@@ -54,8 +54,13 @@ class SamplingRow:
     params: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
-    generated: int
-    """Tokens before this one, the pending one, which `output` lacks, included."""
+    pending: int
+    """How many tokens before this one `output` lacks: 1 while the last one is not known, else 0."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens before this one."""
+        return len(self.output) + self.pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,8 @@ class ScoredRow:
 
 @dataclass(slots=True)
 class Batch:
-    """One forward pass. Every sequence is one request's share of the step. Never changed."""
+    """One forward pass. Every sequence is one request's share of the step. Changed by `Batches`
+    alone, between steps that repeat each other."""
 
     sequences: tuple[Scheduled, ...]
     token_ids: Ints
@@ -97,6 +103,38 @@ class Batch:
     sampling: tuple[SamplingRow, ...]
     """One for each of `sampled`."""
     scored: tuple[ScoredRow, ...]
+
+
+class Batches:
+    """The batches of consecutive steps.
+
+    A step that repeats the one before, which the scheduler says by the same tuple, has the same
+    batch, whose numbers are counted on where they are: less than laying them out anew by all that
+    does not change. The step before must be over by then.
+    """
+
+    def __init__(self, variants: Variants, layout: PageLayout) -> None:
+        self._variants = variants
+        self._layout = layout
+        self._step: Sequence[Scheduled] = ()
+        self._batch: Batch | None = None
+
+    def of(self, step: Sequence[Scheduled]) -> Batch:
+        """Lay out a step of one chain. `step` must not be empty."""
+        if self._batch is None or step is not self._step:
+            self._batch = build_batch(step, self._variants, self._layout)
+            self._step = step
+        else:
+            _count_on(self._batch)
+        return self._batch
+
+
+def _count_on(batch: Batch) -> None:
+    """Move a batch of single rows a token further. The sums are Python's: numpy's first one after a
+    model has swept the caches takes as long as all of this."""
+    batch.token_ids[:] = [s.request.last_token for s in batch.sequences]
+    for numbers in (batch.positions, batch.lengths, *[group.slots for group in batch.groups]):
+        numbers[:] = [number + 1 for number in numbers.tolist()]
 
 
 def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayout) -> Batch:
@@ -276,4 +314,4 @@ def _scored_rows(
 
 def _sampling_rows(requests: Iterable[Request]) -> Iterator[SamplingRow]:
     for r in requests:
-        yield SamplingRow(r.params, r.prompt, r.output, r.num_generated)
+        yield SamplingRow(r.params, r.prompt, r.output, int(r.pending is not None))
