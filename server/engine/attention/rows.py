@@ -48,12 +48,16 @@ class RowsBackend:
         self._views = layer_views(pool, layout, variants, kv_heads)
         self._pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
         self._group_of = variants.group_of_layer
+        self._batch: Batch | None = None
         self._prepared: list[_Prepared] = []
         self._has_chunks = False
         self._for_reference: Batch | None = None
         """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
+        if batch is self._batch:
+            return  # it has been counted on where it lies
+        self._batch = batch
         self._prepared = [_prepared(group, batch) for group in batch.groups]
         self._has_chunks = len(batch.token_ids) > len(batch.sequences)
         self._for_reference = batch if self._has_chunks else None
