@@ -88,8 +88,8 @@ class Scheduler:
         self._waiting_of = dict.fromkeys(self._groups, 0)
         self._step: dict[Request, Scheduled] = {}
         self._last: tuple[Scheduled, ...] = ()
-        self._repeats = 0
-        """How many steps from here on are the last one, a token further."""
+        self._repeats = False
+        """Whether the next step is the last one, a token further, if there are pages for it."""
         self.preempted: list[Request] = []
         """The requests that the last step preempted."""
 
@@ -131,11 +131,11 @@ class Scheduler:
         """Queue a new request. The caller keeps the queue within `limits.waiting`."""
         self._waiting[request] = None
         self._waiting_of[request.variant] += 1
-        self._repeats = 0
+        self._repeats = False
 
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it is, and free its pages."""
-        self._repeats = 0
+        self._repeats = False
         if request in self._running:
             del self._running[request]
             self._running_of[request.variant] -= 1
@@ -147,35 +147,36 @@ class Scheduler:
     def schedule(self) -> tuple[Scheduled, ...]:
         """Choose the next step. Preempts the youngest requests where pages run out.
 
-        While requests decode, none comes or goes and no page is full, it is the last step, a token
+        While requests decode, none comes or goes and there are pages, it is the last step, a token
         further: the same tuple. Not while that one is in flight, since its shares move on.
         """
         self.preempted = []
-        if self._repeats and self._last[0].request.pending is None:
-            return self._repeat()
+        if self._repeats and self._last[0].request.pending is None and self._move_on():
+            return self._last
         for after in range(self._chains):
             chain = (self._turn + after) % self._chains
             if step := self._schedule_chain(chain):
                 self._turn = (chain + 1) % self._chains
-                self._last, self._repeats = step, self._repeats_of(step)
+                self._last, self._repeats = step, self._may_repeat(step)
                 return step
         return ()
 
-    def _repeat(self) -> tuple[Scheduled, ...]:
-        self._repeats -= 1
+    def _move_on(self) -> bool:
+        """Move the last step a token further, if there are pages for it, and return whether."""
         for scheduled in self._last:
-            scheduled.start = scheduled.request.num_computed_tokens
-        return self._last
+            request = scheduled.request
+            scheduled.start = start = request.num_computed_tokens
+            if start >= request.page_tokens and not self._grow(request, start + 1):
+                return False
+        return True
 
-    def _repeats_of(self, step: Sequence[Scheduled]) -> int:
-        """Return after how many repetitions of a step a page is full, if nothing else happens; 0
-        unless every running request gets its next token, and no other can be admitted."""
+    def _may_repeat(self, step: Sequence[Scheduled]) -> bool:
+        """Return whether the step after this one is the same, a token further, if nothing else
+        happens: every running request gets its next token, and no other can be admitted."""
         may_admit = self._waiting and len(self._running) < self.limits.running
         if may_admit or not len(self._running) == len(step) <= self.limits.tokens_per_step:
-            return 0
-        if not all(s.count == 1 and s.samples and s.request.pending is None for s in step):
-            return 0
-        return min(s.request.page_tokens - s.start - 1 for s in step)
+            return False
+        return all(s.count == 1 and s.samples and s.request.pending is None for s in step)
 
     def _schedule_chain(self, chain: int) -> tuple[Scheduled, ...]:
         """Choose the next step of a chain, which is empty where it has nothing to run."""

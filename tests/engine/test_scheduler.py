@@ -240,7 +240,7 @@ class Traffic(RuleBasedStateMachine):
     def chosen_anew(self) -> list[tuple[str, int, int, bool]]:
         """Return the next step as it is where none is repeated."""
         scheduler = deepcopy(self.scheduler)
-        scheduler._repeats = 0
+        scheduler._repeats = False
         return [(s.request.id, s.start, s.count, s.samples) for s in scheduler.schedule()]
 
     def lay_out(self, step: tuple[Scheduled, ...]) -> None:
@@ -384,10 +384,9 @@ def test_a_large_request_is_not_overtaken_by_small_ones_of_another_chain() -> No
     assert step.request is large
 
 
-def test_a_step_of_decoding_is_repeated_until_a_page_is_full() -> None:
-    """Or until a request comes or goes."""
-    layout = PageLayout(tokens_per_page=(8, 8, 16), page_elements=16)
-    scheduler = Scheduler(LIMITS, VARIANTS, layout, PagePool(32))
+def test_a_step_of_decoding_is_repeated_until_a_request_comes_or_goes() -> None:
+    """Or there are no pages for it."""
+    scheduler = Scheduler(LIMITS, VARIANTS, LAYOUT, PagePool(33))
     for prompt in (3, 5):
         scheduler.add(Request(str(prompt), (5,) * prompt, "full", SamplingParams(99), NoSink(), 0))
 
@@ -404,13 +403,14 @@ def test_a_step_of_decoding_is_repeated_until_a_page_is_full() -> None:
                 scheduled.request.output.append(6)
         return new
 
-    assert steps(1) == [0]  # 3 and 5 tokens are computed
-    assert steps(8) == [0, 3, 5]  # the ninth token of the longer one, then of the other
+    assert steps(5) == [0, 1]  # 3 and 5 tokens are computed first
     third = Request("third", (5,), "full", SamplingParams(99), NoSink(), 0)
     scheduler.add(third)
     assert steps(1) == [0]
     scheduler.remove(third)
     assert steps(2) == [0]
+    assert steps(3) == [0, 2]
+    assert scheduler.preempted, "the longer request's next tokens need pages of the other's"
 
 
 def test_a_step_of_more_than_may_decode_is_not_repeated() -> None:

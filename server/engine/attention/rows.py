@@ -55,7 +55,7 @@ class RowsBackend:
         """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
-        if batch is self._batch:
+        if batch is self._batch and all(map(_holds, self._prepared, batch.groups)):
             return  # it has been counted on where it lies
         self._batch = batch
         self._prepared = [_prepared(group, batch) for group in batch.groups]
@@ -74,6 +74,11 @@ class RowsBackend:
             self._reference.prepare(self._for_reference)
             self._for_reference = None
         return self._reference(layer, query, key, value, form)
+
+
+def _holds(prepared: _Prepared, group: GroupRows) -> bool:
+    """Return whether a group's block tables are where they were."""
+    return prepared.arrays[1] is group.pages
 
 
 def _prepared(group: GroupRows, batch: Batch) -> _Prepared:
