@@ -47,7 +47,7 @@ from pruning.families import kv_shape
 from pruning.loading import EMBEDDED_MODEL, BaseModel
 from pruning.variants import FULL, Variant, Variants
 from server.engine.assembly import EngineConfig
-from server.engine.batch import build_batch
+from server.engine.batch import Batches
 from server.engine.engine import Engine
 from server.engine.request import Event, Request, SamplingParams, Sink
 from server.engine.scheduler import Limits, Scheduler
@@ -127,7 +127,7 @@ def host_clock() -> Iterator[HostClock]:
     with (
         patch.object(Scheduler, "schedule", clock.around(Scheduler.schedule, step=True)),
         patch.object(Scheduler, "advance", clock.around(Scheduler.advance)),
-        patch("server.engine.engine.build_batch", clock.around(build_batch)),
+        patch.object(Batches, "of", clock.around(Batches.of)),
         patch.object(Engine, "_commit_token", clock.around(Engine._commit_token)),
         patch.object(Engine, "_commit_scores", clock.around(Engine._commit_scores)),
     ):

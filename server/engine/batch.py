@@ -12,6 +12,7 @@ as it seems.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,8 +35,8 @@ _REMEMBERED = 1024
 
 @dataclass(slots=True)
 class GroupRows:
-    """The rows that attend in one layer group: a prefix of the batch. Never changed; not frozen,
-    because frozen ones take four times as long to make."""
+    """The rows that attend in one layer group: a prefix of the batch. Changed as a `Batch`; not
+    frozen, because frozen ones take four times as long to make."""
 
     sequences: int
     rows: int
@@ -54,8 +55,13 @@ class SamplingRow:
     params: SamplingParams
     prompt: Sequence[int]
     output: Sequence[int]
-    generated: int
-    """Tokens before this one, the pending one, which `output` lacks, included."""
+    pending: int
+    """How many tokens before this one `output` lacks: 1 while the last one is not known, else 0."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens before this one."""
+        return len(self.output) + self.pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,8 @@ class ScoredRow:
 
 @dataclass(slots=True)
 class Batch:
-    """One forward pass. Every sequence is one request's share of the step. Never changed."""
+    """One forward pass. Every sequence is one request's share of the step. Changed by `Batches`
+    alone, between steps that repeat each other."""
 
     sequences: tuple[Scheduled, ...]
     token_ids: Ints
@@ -97,6 +104,45 @@ class Batch:
     sampling: tuple[SamplingRow, ...]
     """One for each of `sampled`."""
     scored: tuple[ScoredRow, ...]
+
+
+class Batches:
+    """The batches of consecutive steps.
+
+    A step that repeats the one before, which the scheduler says by the same tuple, has the same
+    batch, whose numbers are counted on where they are; only block tables that have changed are made
+    anew. The step before must be over by then.
+    """
+
+    def __init__(self, variants: Variants, layout: PageLayout) -> None:
+        self._variants = variants
+        self._layout = layout
+        self._step: Sequence[Scheduled] = ()
+        self._batch: Batch | None = None
+
+    def of(self, step: Sequence[Scheduled]) -> Batch:
+        """Lay out a step of one chain. `step` must not be empty."""
+        if self._batch is None or step is not self._step:
+            self._batch = build_batch(step, self._variants, self._layout)
+            self._step = step
+        else:
+            _count_on(self._batch, self._layout)
+        return self._batch
+
+
+def _count_on(batch: Batch, layout: PageLayout) -> None:
+    """Move a batch of single rows a token further. The sums are Python's: numpy's first one after a
+    model has swept the caches takes as long as all of this."""
+    sequences = batch.sequences
+    batch.token_ids[:] = [s.request.last_token for s in sequences]
+    batch.positions[:] = [s.start for s in sequences]
+    batch.lengths[:] = [s.start + 1 for s in sequences]
+    for index, group in enumerate(batch.groups):
+        attending, tokens = sequences[: group.sequences], layout.tokens_per_page[index]
+        tables = [s.request.pages[index] for s in attending]
+        group.slots[:] = _slots_of_singles(tables, attending, tokens)
+        if (pages := b"".join(tables)) != group.pages.tobytes():
+            group.pages, group.table_starts = _joined(pages, tables)
 
 
 def build_batch(step: Sequence[Scheduled], variants: Variants, layout: PageLayout) -> Batch:
@@ -241,18 +287,29 @@ def _group_rows(
     index: int, attending: Sequence[Scheduled], layout: PageLayout, rows: _Rows
 ) -> GroupRows:
     tables = [s.request.pages[index] for s in attending]
-    pages = np.frombuffer(b"".join(tables), dtype=np.int32)
-    table_starts = np.array([0, *accumulate(map(len, tables))], dtype=np.int64)
+    pages, table_starts = _joined(b"".join(tables), tables)
     tokens = layout.tokens_per_page[index]
     count = int(rows.query_starts[len(attending)])
     if rows.owner is None:
-        own = zip(tables, attending, strict=True)
-        slots = np.array([t[s.start // tokens] * tokens + s.start % tokens for t, s in own], int)
+        slots = np.array(_slots_of_singles(tables, attending, tokens), dtype=np.int64)
     else:
         places = rows.positions[:count]
         page = pages[table_starts[rows.owner[:count]] + places // tokens].astype(np.int64)
         slots = page * tokens + places % tokens
     return GroupRows(len(attending), count, pages, table_starts, slots)
+
+
+def _slots_of_singles(
+    tables: Sequence[array[int]], sequences: Sequence[Scheduled], tokens: int
+) -> list[int]:
+    own = zip(tables, sequences, strict=True)
+    return [table[s.start // tokens] * tokens + s.start % tokens for table, s in own]
+
+
+def _joined(pages: bytes, tables: Sequence[array[int]]) -> tuple[NDArray[np.int32], Ints]:
+    """Return the block tables, one after the other in these bytes, and where each starts."""
+    starts = np.array([0, *accumulate(map(len, tables))], dtype=np.int64)
+    return np.frombuffer(pages, dtype=np.int32), starts
 
 
 def _scored_rows(
@@ -276,4 +333,4 @@ def _scored_rows(
 
 def _sampling_rows(requests: Iterable[Request]) -> Iterator[SamplingRow]:
     for r in requests:
-        yield SamplingRow(r.params, r.prompt, r.output, r.num_generated)
+        yield SamplingRow(r.params, r.prompt, r.output, int(r.pending is not None))

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 import torch
 
 from pruning.variants import Variants
-from server.engine.batch import Batch, build_batch
+from server.engine.batch import Batch, Batches
 from server.engine.pages import PageLayout
 from server.engine.request import (
     Ended,
@@ -69,6 +69,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._layout = layout
+        self._batches = Batches(variants, layout)
         self._page_bytes = runner.pool_bytes // scheduler.pages
         self._on_death = on_death
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -232,7 +233,7 @@ class Engine:
         """Start computing a step. If that fails, compute its requests one by one, to end only the
         guilty."""
         try:
-            launched = self._runner.launch(build_batch(step, self.variants, self._layout))
+            launched = self._runner.launch(self._batches.of(step))
         except torch.AcceleratorError:
             raise  # the device is lost, and with it every request
         except Exception as error:  # noqa: BLE001  one request's failure must not end the engine
@@ -244,8 +245,11 @@ class Engine:
         return launched
 
     def _advance(self, batch: Batch) -> None:
-        """Note that a step is on its way: what it computes, and which tokens it will bring."""
+        """Note that a step is on its way: what it computes, and, where the next one is launched
+        before they are known, which tokens it will bring."""
         self._scheduler.advance(batch.sequences)
+        if not self._runner.overlaps:
+            return
         for scheduled in batch.sequences:
             scheduled.request.pending = None
         for place, index in enumerate(batch.sampled):
@@ -281,8 +285,8 @@ class Engine:
                 request.pending = request.pending_share = None
             if request.id in self._requests:
                 self._commit_token(request, result.tokens[place], result.logprobs[place], now)
-        for scheduled in batch.sequences:
-            if not scheduled.samples:
+        if len(batch.sampled) < len(batch.sequences):
+            for scheduled in batch.sequences:
                 self._end_if_computed(scheduled.request)
 
     def _commit_token(

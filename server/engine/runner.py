@@ -151,7 +151,9 @@ class ModelRunner:
         if span is not None:
             span.close()
         step.span, step.device_time = span, self.device_time
-        self._places, self._newest = step.places, span
+        self._newest = span
+        if self.overlaps:
+            self._places = step.places
         return step
 
     def rest(self) -> None:
@@ -176,7 +178,8 @@ class ModelRunner:
             tokens = sample(logits[:count], batch.sampling)
             generated = generated_scores(logits[:count], batch.sampling, tokens)
             prompt = prompt_scores(logits[count:], batch.scored)
-        self._last_tokens[:count] = tokens
+        if self.overlaps:
+            self._last_tokens[:count] = tokens
         return _Step(batch, np.arange(count), download(tokens), generated, prompt)
 
     def _replayed(self, batch: Batch, places: NDArray[np.int64]) -> _Step:
@@ -195,7 +198,7 @@ class ModelRunner:
         """Return the logits of the rows that need them, [logit rows, vocabulary]."""
         device = self._pool.device
         ids = upload(batch.token_ids, torch.long, device)
-        if (sources >= 0).any():
+        if self.overlaps and (sources >= 0).any():
             ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
         rows = upload(batch.logit_rows, torch.long, device)
         going_on = functional.pad(rows, (0, max(0, _FEWEST_ROWS - len(rows))))

@@ -48,7 +48,8 @@ class Limits:
 
 @dataclass(slots=True)
 class Scheduled:
-    """A request's share of a step: tokens start to start + count - 1. Never changed.
+    """A request's share of a step: tokens start to start + count - 1. Changed by the scheduler
+    alone, when it repeats the step.
 
     Not frozen: a step makes one for each request, and frozen ones take four times as long to make.
     """
@@ -86,6 +87,9 @@ class Scheduler:
         self._running_of = dict.fromkeys(self._groups, 0)
         self._waiting_of = dict.fromkeys(self._groups, 0)
         self._step: dict[Request, Scheduled] = {}
+        self._last: tuple[Scheduled, ...] = ()
+        self._repeats = False
+        """Whether the next step is the last one, a token further, if there are pages for it."""
         self.preempted: list[Request] = []
         """The requests that the last step preempted."""
 
@@ -127,9 +131,11 @@ class Scheduler:
         """Queue a new request. The caller keeps the queue within `limits.waiting`."""
         self._waiting[request] = None
         self._waiting_of[request.variant] += 1
+        self._repeats = False
 
     def remove(self, request: Request) -> None:
         """Forget a request that ended, wherever it is, and free its pages."""
+        self._repeats = False
         if request in self._running:
             del self._running[request]
             self._running_of[request.variant] -= 1
@@ -139,19 +145,45 @@ class Scheduler:
             self._waiting_of[request.variant] -= 1
 
     def schedule(self) -> tuple[Scheduled, ...]:
-        """Choose the next step. Preempts the youngest requests where pages run out."""
+        """Choose the next step. Preempts the youngest requests where pages run out.
+
+        While requests decode, none comes or goes and there are pages, it is the last step, a token
+        further: the same tuple. Not while that one is in flight, since its shares move on.
+        """
         self.preempted = []
+        if self._repeats and self._last[0].request.pending is None and self._move_on():
+            return self._last
+        tokens = self._tokens_for_step()
         for after in range(self._chains):
             chain = (self._turn + after) % self._chains
-            if step := self._schedule_chain(chain):
+            if step := self._schedule_chain(chain, tokens):
                 self._turn = (chain + 1) % self._chains
+                self._last, self._repeats = step, self._may_repeat(step)
                 return step
         return ()
 
-    def _schedule_chain(self, chain: int) -> tuple[Scheduled, ...]:
-        """Choose the next step of a chain, which is empty where it has nothing to run."""
+    def _move_on(self) -> bool:
+        """Move the last step a token further, if there are pages for it, and return whether."""
+        for scheduled in self._last:
+            request = scheduled.request
+            scheduled.start = start = request.num_computed_tokens
+            if start >= request.page_tokens and not self._grow(request, start + 1):
+                return False
+        return True
+
+    def _may_repeat(self, step: Sequence[Scheduled]) -> bool:
+        """Return whether the step after this one is the same, a token further, if nothing else
+        happens: every running request gets its next token, and no other can be admitted."""
+        may_admit = self._waiting and len(self._running) < self.limits.running
+        if may_admit or not len(self._running) == len(step) <= self.limits.tokens_per_step:
+            return False
+        return all(s.count == 1 and s.samples and s.request.pending is None for s in step)
+
+    def _schedule_chain(self, chain: int, tokens: int) -> tuple[Scheduled, ...]:
+        """Choose the next step of a chain, of so many tokens at most. It is empty where the chain
+        has nothing to run."""
         self._step = {}
-        self._budget = self._tokens_for_step()
+        self._budget = tokens
         self._scored_budget = self.limits.scored_tokens_per_step
         behind: list[Request] = []
         for request in self._running_in(chain):

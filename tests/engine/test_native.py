@@ -25,7 +25,7 @@ from server.engine.ahead import RowRange, _compile, _load
 from server.engine.assembly import EngineConfig, build_engine
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
-from server.engine.batch import Batch, build_batch
+from server.engine.batch import Batch, Batches, build_batch
 from server.engine.native import EXACT_ROWS, NativeFunctions, four_bit_rows, native_functions
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import FinishReason
@@ -132,6 +132,23 @@ def test_single_rows_equal_sdpa(native: NativeFunctions, form: Form, lengths: li
     batch = both.batch(scheduler.schedule())
     assert len(batch.token_ids) == len(batch.sequences)
     compare(both, batch, 2**-8)  # rounded once
+    assert torch.equal(both.pool.double(), both.exact), "keys and values are where they belong"
+
+
+def test_repeated_steps_equal_sdpa(native: NativeFunctions) -> None:
+    """What is prepared for a batch holds when its numbers have been counted on."""
+    both = Both(native, FORMS["no groups"])
+    scheduler = scheduler_of([3, 12], both.layout)
+    batches = Batches(VARIANTS, both.layout)
+    seen = []
+    for _ in range(30):
+        step = scheduler.schedule()
+        seen.append(batches.of(step))
+        compare(both, seen[-1], 1e-2)
+        scheduler.advance(step)
+        for scheduled in step:
+            scheduled.request.output.append(7)
+    assert len(set(map(id, seen))) == 2, "the prompts' batch, and that of decoding"
     assert torch.equal(both.pool.double(), both.exact), "keys and values are where they belong"
 
 

@@ -27,7 +27,7 @@ def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
 def row(
     output: tuple[int, ...] = (), prompt: tuple[int, ...] = (), **params: object
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(100, **params), prompt, output, len(output))  # type: ignore[arg-type]
+    return SamplingRow(SamplingParams(100, **params), prompt, output, pending=0)  # type: ignore[arg-type]
 
 
 def drawn(count: int = 4000, **params: object) -> Counter[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pruning.variants import Variants
 from server.config import Settings
+from server.engine.batch import Batch, Batches, build_batch
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.request import Event, Request, SamplingParams
 from server.engine.scheduler import Limits, Scheduled, Scheduler
@@ -45,6 +48,8 @@ LIMITS = Limits(
     running=4,
     waiting=100,
 )
+NARROW = replace(LIMITS, tokens_per_step=3, tokens_per_prompt_step=0)
+"""Steps in which not all running requests have a place."""
 
 
 class NoSink:
@@ -61,6 +66,17 @@ def tokens_of(request: Request) -> tuple[int, ...]:
 def next_token(request: Request) -> int:
     """Some requests go on alike, others do not."""
     return 6 + len(request.prompt) % 2
+
+
+def numbers_of(batch: Batch) -> tuple[object, ...]:
+    """Return all that a batch says, to be compared."""
+    rows = (batch.token_ids, batch.sources, batch.positions, batch.logit_rows)
+    of_groups = [(g.pages, g.table_starts, g.slots) for g in batch.groups]
+    arrays = (*rows, batch.query_starts, batch.lengths, *(a for own in of_groups for a in own))
+    layers = (batch.attending_rows, batch.mlp_rows)
+    counts = (batch.variant_sequences, *((g.sequences, g.rows) for g in batch.groups))
+    sampling = ([row.generated for row in batch.sampling], batch.sampled, batch.sampling)
+    return ([a.tolist() for a in arrays], layers, counts, sampling, batch.sequences, batch.scored)
 
 
 class Memory:
@@ -119,17 +135,20 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(
         offer=st.sampled_from([NESTED, CROSSED]),
+        limits=st.sampled_from([LIMITS, LIMITS, NARROW]),
         overlaps=st.booleans(),
         shares=st.sampled_from([True, True, False]),
     )
-    def start(self, offer: Offer, overlaps: bool, shares: bool) -> None:
+    def start(self, offer: Offer, limits: Limits, overlaps: bool, shares: bool) -> None:
         self.variants, self.layout, pages = offer
+        self.limits = limits
         self.overlaps = overlaps
         self.memory = Memory(offer)
         self.passed_over = dict.fromkeys(range(len(self.variants.chains)), 0)
         self.scheduler = Scheduler(
-            LIMITS, self.variants, self.layout, PagePool(pages), prefix_caching=shares
+            limits, self.variants, self.layout, PagePool(pages), prefix_caching=shares
         )
+        self.batches = Batches(self.variants, self.layout)
 
     @rule(
         which=st.integers(0, 100),
@@ -183,6 +202,7 @@ class Traffic(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         """A step fails halfway; one request of it ends and the others are computed one by one."""
         step = self.schedule()
+        self.lay_out(step)
         self.memory.spoil(step)
         self.commit_in_flight()
         guilty = data.draw(st.sampled_from([None, *step]))
@@ -196,8 +216,13 @@ class Traffic(RuleBasedStateMachine):
     def schedule(self) -> tuple[Scheduled, ...]:
         ready = {self.chain(r) for r in self.scheduler.running if r.remaining and r.can_run}
         answers = any(0 < r.num_generated < r.params.max_tokens for r in self.scheduler.running)
-        most = LIMITS.tokens_per_step if answers else LIMITS.tokens_per_prompt_step
+        limits = self.limits
+        most = limits.tokens_per_step
+        if not answers:
+            most = max(most, limits.tokens_per_prompt_step)
+        anew = self.chosen_anew()
         step = self.scheduler.schedule()
+        assert [(s.request.id, s.start, s.count, s.samples) for s in step] == anew
         self.check_turns(ready, step)
         if not self.in_flight:
             assert bool(step) == bool(self.open), "work stands still"
@@ -211,6 +236,18 @@ class Traffic(RuleBasedStateMachine):
             for group in self.variants.groups_of(request.variant):
                 assert len(request.pages[group]) >= self.layout.pages_for(end, group)
         return step
+
+    def chosen_anew(self) -> list[tuple[str, int, int, bool]]:
+        """Return the next step as it is where none is repeated."""
+        scheduler = deepcopy(self.scheduler)
+        scheduler._repeats = False
+        return [(s.request.id, s.start, s.count, s.samples) for s in scheduler.schedule()]
+
+    def lay_out(self, step: tuple[Scheduled, ...]) -> None:
+        """A batch that was counted on is what it would be anew."""
+        if step:
+            anew = build_batch(step, self.variants, self.layout)
+            assert numbers_of(self.batches.of(step)) == numbers_of(anew)
 
     def chain(self, request: Request) -> int:
         return self.variants.chain_of[request.variant]
@@ -226,6 +263,7 @@ class Traffic(RuleBasedStateMachine):
             assert self.passed_over[chain] < len(self.passed_over), "a chain starves"
 
     def launch(self, step: tuple[Scheduled, ...]) -> None:
+        self.lay_out(step)
         self.memory.compute(step)
         for scheduled in step:
             request, reached = scheduled.request, self.reached.get(scheduled.request, 0)
@@ -344,6 +382,50 @@ def test_a_large_request_is_not_overtaken_by_small_ones_of_another_chain() -> No
     scheduler.remove(first)
     (step,) = scheduler.schedule()
     assert step.request is large
+
+
+def test_a_step_of_decoding_is_repeated_until_a_request_comes_or_goes() -> None:
+    """Or there are no pages for it."""
+    scheduler = Scheduler(LIMITS, VARIANTS, LAYOUT, PagePool(33))
+    for prompt in (3, 5):
+        scheduler.add(Request(str(prompt), (5,) * prompt, "full", SamplingParams(99), NoSink(), 0))
+
+    def steps(count: int) -> list[int]:
+        """Return which steps of so many are new, by number."""
+        last, new = None, []
+        for number in range(count):
+            step = scheduler.schedule()
+            if step is not last:
+                new.append(number)
+            last = step
+            scheduler.advance(step)
+            for scheduled in step:
+                scheduled.request.output.append(6)
+        return new
+
+    assert steps(5) == [0, 1]  # 3 and 5 tokens are computed first
+    third = Request("third", (5,), "full", SamplingParams(99), NoSink(), 0)
+    scheduler.add(third)
+    assert steps(1) == [0]
+    scheduler.remove(third)
+    assert steps(2) == [0]
+    assert steps(3) == [0, 2]
+    assert scheduler.preempted, "the longer request's next tokens need pages of the other's"
+
+
+def test_a_step_of_more_than_may_decode_is_not_repeated() -> None:
+    """Four requests of one token each may be computed together, but not go on together."""
+    limits = Limits(tokens_per_step=3, tokens_per_prompt_step=4)
+    layout = PageLayout(tokens_per_page=(8, 8, 16), page_elements=16)
+    scheduler = Scheduler(limits, VARIANTS, layout, PagePool(32))
+    for name in "abcd":
+        scheduler.add(Request(name, (5,), "full", SamplingParams(99), NoSink(), 0))
+    step = scheduler.schedule()
+    assert len(step) == 4
+    scheduler.advance(step)
+    for scheduled in step:
+        scheduled.request.output.append(6)
+    assert len(scheduler.schedule()) == 3
 
 
 def test_decoding_goes_before_long_prompts() -> None:

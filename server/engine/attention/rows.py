@@ -41,6 +41,7 @@ class RowsBackend:
         self._views = layer_views(pool, layout, variants, kv_heads)
         self.pages = {layer: layer_pages(*views) for layer, views in self._views.items()}
         self.group_of = variants.group_of_layer
+        self._batch: Batch | None = None
         self._arrays: list[_Arrays] = []
         """What the tables are the addresses of."""
         self.tables: ctypes.Array[StepTables] = (StepTables * 0)()
@@ -51,6 +52,9 @@ class RowsBackend:
         """A step with chunks that the reference was not told of yet."""
 
     def prepare(self, batch: Batch) -> None:
+        if batch is self._batch and all(map(_holds, self._arrays, batch.groups)):
+            return  # it has been counted on where it lies
+        self._batch = batch
         self._arrays = [_arrays(group, batch) for group in batch.groups]
         tables = map(_tables, batch.groups, self._arrays)
         self.tables = (StepTables * len(self._arrays))(*tables)
@@ -69,6 +73,11 @@ class RowsBackend:
             self._reference.prepare(self._for_reference)
             self._for_reference = None
         return self._reference(layer, query, key, value, form)
+
+
+def _holds(arrays: _Arrays, group: GroupRows) -> bool:
+    """Return whether a group's block tables are where they were."""
+    return arrays[1] is group.pages
 
 
 def _arrays(group: GroupRows, batch: Batch) -> _Arrays:
