@@ -180,7 +180,8 @@ class ModelRunner:
             prompt = prompt_scores(logits[count:], batch.scored)
         if self.overlaps:
             self._last_tokens[:count] = tokens
-        return _Step(batch, np.arange(count), download(tokens), generated, prompt)
+            tokens = download(tokens)
+        return _Step(batch, np.arange(count), tokens, generated, prompt)
 
     def _replayed(self, batch: Batch, places: NDArray[np.int64]) -> _Step:
         places = places[list(batch.sampled)]
@@ -201,8 +202,10 @@ class ModelRunner:
         if self.overlaps and (sources >= 0).any():
             ids = known_tokens(ids, upload(sources, torch.long, device), self._last_tokens)
         rows = upload(batch.logit_rows, torch.long, device)
-        going_on = functional.pad(rows, (0, max(0, _FEWEST_ROWS - len(rows))))
-        last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), going_on)
+        last = None
+        if len(rows) < len(batch.token_ids):  # else every row is wanted
+            going_on = functional.pad(rows, (0, max(0, _FEWEST_ROWS - len(rows))))
+            last = last_rows(batch.attending_rows, batch.mlp_rows, len(batch.token_ids), going_on)
         output = self._model(
             ids[None],
             position_ids=upload(batch.positions, torch.long, device)[None],
