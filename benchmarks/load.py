@@ -206,14 +206,14 @@ async def _answer(endpoint: Endpoint, prompt: list[int], output_tokens: int) -> 
         "stream_options": {"include_usage": True},
         **endpoint.body,
     }
-    host, _, port = (place := urlsplit(endpoint.url).netloc).partition(":")
+    parts = urlsplit(endpoint.url)
     answer = _Answer()
     content = json.dumps(body).encode()
     transport, _ = await asyncio.get_running_loop().create_connection(
-        lambda: answer, host, int(port or 80)
+        lambda: answer, parts.hostname or "", parts.port or 80
     )
     try:
-        transport.write(_head(place, endpoint.headers, len(content)) + content)
+        transport.write(_head(parts.netloc, endpoint.headers, len(content)) + content)
         await answer.over
     finally:
         transport.close()

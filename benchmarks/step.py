@@ -277,14 +277,8 @@ def main(
 
 def limits_for(requests: int, device: torch.device, tokens_per_step: int | None) -> Limits:
     """Return a device's limits, widened so that all requests may run together."""
-    usual = default_limits(device)
-    return replace(
-        usual,
-        tokens_per_step=tokens_per_step or usual.tokens_per_step,
-        tokens_per_prompt_step=0 if tokens_per_step else usual.tokens_per_prompt_step,
-        running=requests,
-        waiting=max(usual.waiting, requests),
-    )
+    usual = default_limits(device, tokens_per_step)
+    return replace(usual, running=requests, waiting=max(usual.waiting, requests))
 
 
 def measure(

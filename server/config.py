@@ -7,6 +7,7 @@ where both are given, the option wins. Lists are separated by commas in the envi
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
@@ -219,12 +220,10 @@ class Settings(BaseSettings):
 
     def engine(self, device: torch.device) -> EngineConfig:
         """Return what was set about the engine; what was not is what suits the device."""
-        suitable = default_limits(device)
-        tokens = self.max_step_tokens or suitable.tokens_per_step
-        limits = Limits(
-            tokens_per_step=tokens,
-            tokens_per_prompt_step=0 if self.max_step_tokens else suitable.tokens_per_prompt_step,
-            scored_tokens_per_step=min(tokens, suitable.scored_tokens_per_step),
+        suitable = default_limits(device, self.max_step_tokens)
+        limits = replace(
+            suitable,
+            scored_tokens_per_step=min(suitable.tokens_per_step, suitable.scored_tokens_per_step),
             running=self.max_running or suitable.running,
             waiting=self.max_waiting,
         )

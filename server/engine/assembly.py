@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from server.engine.attention.eight_bits import E4M3
 from server.engine.attention.rows import RowsBackend
 from server.engine.attention.sdpa import SdpaBackend
 from server.engine.engine import Engine
+from server.engine.native import NativeFunctions, NormedMap
 from server.engine.norms import use_native_norm
 from server.engine.pages import PageLayout, PagePool, page_layout
 from server.engine.runner import ModelRunner
@@ -73,13 +74,18 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDtype = "auto"
 
 
-def default_limits(device: torch.device) -> Limits:
-    """Return the limits that suit a device, from the memory that is free on it now."""
+def default_limits(device: torch.device, tokens_per_step: int | None = None) -> Limits:
+    """Return the limits that suit a device, from the memory that is free on it now; with so many
+    tokens a step, whatever is in it, where that is given."""
     if device.type != "cuda":
-        return Limits()
-    free, _ = torch.cuda.mem_get_info(device)
-    long = 8192 if free >= ROOM_FOR_LONG_STEPS else 0
-    return Limits(tokens_per_step=2048, tokens_per_prompt_step=long, running=256)
+        suitable = Limits()
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
+        long = 8192 if free >= ROOM_FOR_LONG_STEPS else 0
+        suitable = Limits(tokens_per_step=2048, tokens_per_prompt_step=long, running=256)
+    if not tokens_per_step:
+        return suitable
+    return replace(suitable, tokens_per_step=tokens_per_step, tokens_per_prompt_step=0)
 
 
 def kv_dtype(choice: KvCacheDtype, model: torch.dtype) -> torch.dtype:
@@ -225,15 +231,8 @@ def _compiled_runner(
 
     layers = CompiledLayers(base.model, folder)
     native = layers.native
-    if native is None:
-        layers.complete()
-        return _sdpa_runner(base, variants, layout, pool, last_tokens)
-    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if isinstance(head, EightBitHead):
-        head.compute_by(native.eight_bit_product, native.eight_bit_rows)
-    substitutes = use_native(base.sublayers, native)
-    use_native_norm(base.model, native)
-    if pool.dtype != torch.bfloat16:
+    substitutes = {} if native is None else _use_native(base, native)
+    if native is None or pool.dtype != torch.bfloat16:
         layers.complete()
         return _sdpa_runner(base, variants, layout, pool, last_tokens)
     logger.info("attention is computed by native functions where they take its form")
@@ -242,6 +241,16 @@ def _compiled_runner(
     forward = Forward(base.model, base.sublayers, substitutes, rows, native, context)
     layers.complete(forward.use)
     return ModelRunner(forward, pool, rows, rows, last_tokens, overlaps=False)
+
+
+def _use_native(base: BaseModel, native: NativeFunctions) -> dict[int, NormedMap]:
+    """Let a model's head, last norm and substitutes run by native functions; return the substitutes
+    that do, by layer."""
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if isinstance(head, EightBitHead):
+        head.compute_by(native.eight_bit_product, native.eight_bit_rows)
+    use_native_norm(base.model, native)
+    return use_native(base.sublayers, native)
 
 
 def _context(base: BaseModel, config: EngineConfig) -> int:

@@ -48,7 +48,7 @@ LIMITS = Limits(
     running=4,
     waiting=100,
 )
-NARROW = replace(LIMITS, tokens_per_step=3, tokens_per_prompt_step=0)
+NARROW = replace(LIMITS, tokens_per_step=3)
 """Steps in which not all running requests have a place."""
 
 
